@@ -1,0 +1,299 @@
+"""The subjects: small classifiers that the SAEs of the MNIST notebooks explain.
+
+A model here is an `nn.Module` from pixels `(n, 784)` in [0, 1] to logits. Every named
+sub-module is a hook point: for an `MLP`, "fc1" is the first hidden layer AFTER its
+ReLU, "fc1.linear" the pre-activation, "head" the logits.
+"""
+
+import math
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int64, UInt8
+from torch import Tensor, nn
+from torch.nn.utils import skip_init
+from tqdm.auto import trange
+
+from saeutils.datasets import ImageData
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+SIDE = 28  # an image is SIDE × SIDE pixels
+
+
+class MLP(nn.Sequential):
+    """Multi-layer perceptron on pixels; sub-modules fc1, fc2, …, head.
+
+        h_0 = x,   h_i = relu(W_i h_{i-1} + b_i),   logits = W h_L + b
+
+    Weights start from He's normal distribution, drawn from `seed` alone (the global
+    random state is neither read nor changed); biases start at zero.
+
+    Args:
+        hidden: width of each hidden layer, e.g. (128, 64) or (512, 256).
+        d_in: pixels an image; n_classes: number of logits.
+
+    Raises:
+        ValueError: a width below 1; in `forward`, an input that is not (n, d_in).
+    """
+
+    def __init__(
+        self,
+        hidden: tuple[int, ...] = (128, 64),
+        *,
+        d_in: int = SIDE * SIDE,
+        n_classes: int = 10,
+        seed: int = 0,
+    ):
+        widths = (d_in, *hidden, n_classes)
+        if min(widths) < 1:
+            raise ValueError(f"every layer needs a unit or more, got widths {widths}")
+        # skip_init: nn.Linear's own initialisation would draw from the global state.
+        linears = [skip_init(nn.Linear, a, b) for a, b in pairwise(widths)]
+        generator = torch.Generator().manual_seed(seed)
+        for linear in linears:
+            nn.init.kaiming_normal_(
+                linear.weight, nonlinearity="relu", generator=generator
+            )
+            nn.init.zeros_(linear.bias)
+        *body, head = linears
+        layers: OrderedDict[str, nn.Module] = OrderedDict()
+        for i, linear in enumerate(body, start=1):
+            block = OrderedDict(linear=linear, relu=nn.ReLU())
+            layers[f"fc{i}"] = nn.Sequential(block)
+        layers["head"] = head
+        super().__init__(layers)
+        self.d_in = d_in
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.ndim != 2 or x.shape[1] != self.d_in:
+            raise ValueError(
+                f"this model takes pixels of shape (n, {self.d_in}) in [0, 1], got "
+                f"{tuple(x.shape)}; of an ImageData take its .pixels"
+            )
+        return super().forward(x)
+
+
+class Evaluation(NamedTuple):
+    """How well a classifier does on a set."""
+
+    accuracy: float
+    """Share of rows whose largest logit is the label, in [0, 1]."""
+    cross_entropy: float
+    """Mean of −log softmax(logits)[label], in nats."""
+
+
+def hook_point(model: nn.Module, name: str) -> nn.Module:
+    """The sub-module called `name`; ValueError listing the valid names if none is."""
+    modules = {k: m for k, m in model.named_modules() if k}
+    if name not in modules:
+        raise ValueError(
+            f"{type(model).__name__} has no hook point {name!r}; "
+            f"it has: {', '.join(modules) or 'none'}"
+        )
+    return modules[name]
+
+
+def labelled_batches(
+    data: ImageData | tuple[Tensor, Tensor], batch_size: int = 2048
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """(inputs, labels) in order, a batch at a time; images become pixels in [0, 1].
+
+    Args:
+        data: ImageData, or a pair (inputs, labels) for a model that takes other inputs.
+
+    Raises:
+        ValueError: no rows, labels of another length, NaN or Inf in the inputs.
+    """
+    pair = (data.images, data.labels) if isinstance(data, ImageData) else data
+    inputs, labels = pair
+    if len(inputs) != len(labels):
+        raise ValueError(
+            f"{len(inputs)} inputs but {len(labels)} labels: each input needs one label"
+        )
+    if len(inputs) == 0:
+        raise ValueError("the data are empty: at least one labelled input is needed")
+    for i in range(0, len(inputs), batch_size):
+        x = inputs[i : i + batch_size]
+        if isinstance(data, ImageData):
+            x = _to_pixels(x)
+        elif x.is_floating_point() and not x.isfinite().all():
+            bad = (~x.isfinite()).flatten(1).any(1).nonzero()[0].item()
+            raise ValueError(
+                f"input {i + bad} contains NaN or Inf: remove or repair it first"
+            )
+        yield x, labels[i : i + batch_size]
+
+
+def _to_pixels(images: UInt8[Tensor, "n h w"]) -> Float[Tensor, "n h*w"]:
+    return images.flatten(1).float() / 255
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module):
+    """`model.eval()` and no gradients inside; the former mode comes back after."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield model
+    finally:
+        model.train(was_training)
+
+
+def evaluate(
+    model: nn.Module,
+    data: ImageData | tuple[Tensor, Tensor],
+    *,
+    batch_size: int = 2048,
+) -> Evaluation:
+    """Accuracy and cross-entropy of `model` on all of `data` (sums in float64)."""
+    device = _device(model)
+    n, correct, nats = 0, 0, 0.0
+    with evaluation_mode(model):
+        for x, y in labelled_batches(data, batch_size):
+            logits, y = model(x.to(device)), y.to(device)
+            correct += (logits.argmax(-1) == y).sum().item()
+            nats += F.cross_entropy(logits, y, reduction="none").double().sum().item()
+            n += len(y)
+    return Evaluation(correct / n, nats / n)
+
+
+def train_classifier(
+    model: nn.Module,
+    data: ImageData,
+    *,
+    epochs: int = 8,
+    batch_size: int = 256,
+    lr: float = 4e-3,
+    weight_decay: float = 0.01,
+    shift: int = 0,
+    seed: int = 0,
+    test: ImageData | None = None,
+    progress: bool = True,
+) -> "pd.DataFrame":
+    """Train in place with AdamW and a one-cycle learning rate on cross-entropy.
+
+    Args:
+        lr: the peak, reached after a fifth of the steps.
+        shift: each image is moved by up to this many pixels in x and in y, drawn
+            anew each time it is seen (0 = never moved).
+        seed: order and shifts come from this alone.
+        test: evaluated after each epoch when given.
+
+    Returns:
+        One row an epoch: epoch, loss (mean over the epoch, nats), accuracy (running,
+        on the images as trained on), test_accuracy and test_cross_entropy (when
+        `test` is given), seconds (since the start).
+
+    Raises:
+        ValueError: bad data or numbers, or a loss that stopped being finite.
+    """
+    import pandas as pd
+
+    _refuse_bad_training(model, data, epochs, batch_size, lr, shift)
+    device, n = _device(model), len(data.labels)
+    generator = torch.Generator().manual_seed(seed)
+    labels, shifted = data.labels.to(device), _shifter(data.images.to(device), shift)
+    steps = math.ceil(n / batch_size)
+    optimiser = torch.optim.AdamW(
+        model.parameters(), lr=lr, weight_decay=weight_decay, fused=True
+    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimiser, lr, total_steps=steps * epochs, pct_start=0.2, cycle_momentum=False
+    )
+    history, started = [], time.perf_counter()
+    bar = trange(epochs, desc="classifier", unit="epoch", disable=not progress)
+    for epoch in bar:
+        model.train()
+        total = torch.zeros((), dtype=torch.float64, device=device)
+        correct = torch.zeros((), dtype=torch.int64, device=device)
+        for index in torch.randperm(n, generator=generator).split(batch_size):
+            offset = torch.randint(2 * shift + 1, (2, len(index)), generator=generator)
+            index = index.to(device)
+            logits = model(shifted(index, offset.to(device)))
+            loss = F.cross_entropy(logits, labels[index])
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            schedule.step()
+            total += loss.detach().double() * len(index)
+            correct += (logits.argmax(-1) == labels[index]).sum()
+        row = {
+            "epoch": epoch + 1,
+            "loss": total.item() / n,
+            "accuracy": correct.item() / n,
+        }
+        if not math.isfinite(row["loss"]):
+            raise ValueError(
+                f"the loss is {row['loss']} in epoch {epoch + 1}: lower lr (now {lr})"
+            )
+        if test is not None:
+            row["test_accuracy"], row["test_cross_entropy"] = evaluate(model, test)
+        history.append(row | {"seconds": time.perf_counter() - started})
+        bar.set_postfix({k: f"{v:.4f}" for k, v in row.items() if k != "epoch"})
+    model.eval()
+    return pd.DataFrame(history)
+
+
+def _refuse_bad_training(
+    model: nn.Module,
+    data: ImageData,
+    epochs: int,
+    batch_size: int,
+    lr: float,
+    shift: int,
+) -> None:
+    """Everything a user can get wrong, found before the first step."""
+    for name, value, least in (
+        ("epochs", epochs, 1),
+        ("batch_size", batch_size, 1),
+        ("shift", shift, 0),
+    ):
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
+    if not lr > 0:
+        raise ValueError(f"lr must be positive, got {lr}")
+    pixels, _ = next(labelled_batches(data, 1))
+    with evaluation_mode(model):
+        n_classes = model(pixels.to(_device(model))).shape[-1]
+    low, high = data.labels.min().item(), data.labels.max().item()
+    if low < 0 or high >= n_classes:
+        raise ValueError(
+            f"labels run from {low} to {high}, but the model has {n_classes} classes: "
+            f"they must lie in 0..{n_classes - 1}"
+        )
+
+
+def _shifter(
+    images: UInt8[Tensor, "n h w"], shift: int
+) -> Callable[[Int64[Tensor, " b"], Int64[Tensor, "2 b"]], Float[Tensor, "b pixels"]]:
+    """A function (index, offset) -> pixels of those images moved by offset − shift.
+
+    One gather from the padded images does the whole batch.
+    """
+    height, width = images.shape[1:]
+    padded = F.pad(images, (shift,) * 4)
+    stride = padded.shape[2]
+    flat = padded.flatten(1)
+    corner = torch.arange(height)[:, None] * stride + torch.arange(width)
+    corner = corner.flatten().to(images.device)
+
+    def shifted(
+        index: Int64[Tensor, " b"], offset: Int64[Tensor, "2 b"]
+    ) -> Float[Tensor, "b pixels"]:
+        start = offset[0] * stride + offset[1]
+        return flat[index].gather(1, corner + start[:, None]).float() / 255
+
+    return shifted
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
