@@ -1,0 +1,184 @@
+"""SAE parameters: start values, export to sae_lens classes, save and load.
+
+While an SAE trains, its parameters are a plain dict of tensors (`Params`), latents
+first, so that a latent is one contiguous row of encoder and decoder:
+
+    W_enc_T (d_sae, d_in)   b_enc (d_sae)   W_dec (d_sae, d_in)   b_dec (d_in)
+    threshold (d_sae)       JumpReLU only
+    r_mag, b_mag (d_sae)    Gated only; its b_enc is the gate's bias
+
+A finished SAE is a stock sae_lens object (`export`), and on disk it is sae_lens'
+own format: `cfg.json` and `sae_weights.safetensors`. `SAE.load_from_disk` of an
+unmodified sae_lens opens it.
+"""
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+Params = dict[str, Tensor]
+
+#: our name → name of the sae_lens class that holds the finished SAE
+ARCHITECTURES = {
+    "l1": "standard",
+    "topk": "topk",
+    "batchtopk": "jumprelu",
+    "matryoshka": "jumprelu",
+    "jumprelu": "jumprelu",
+    "gated": "gated",
+}
+
+
+def initial_params(
+    architecture: str,
+    d_sae: int,
+    b_dec: Float[Tensor, " d_in"],
+    *,
+    seed: int = 0,
+    directions: Float[Tensor, "n d_in"] | None = None,
+    encoder_scale: float = 1.0,
+    threshold: float = 0.0,
+) -> Params:
+    """Unit-norm decoder rows, encoder tied to them, biases at zero.
+
+    Args:
+        b_dec: start value of the decoder bias, e.g. the data's mean.
+        seed: of the decoder's Gaussian directions; drawn on the CPU in float32, so
+            the same on every device.
+        directions: take decoder rows from these vectors (data-point
+            initialisation) as far as they reach, Gaussian for the rest.
+        encoder_scale: W_enc = encoder_scale · W_decᵀ.
+        threshold: JumpReLU's start threshold.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    W_dec = torch.randn(d_sae, len(b_dec), generator=generator)
+    if directions is not None:
+        n = min(d_sae, len(directions))
+        W_dec[:n] = directions[:n].to(W_dec)
+    W_dec = torch.nn.functional.normalize(W_dec, dim=1).to(b_dec)
+    zeros = W_dec.new_zeros(d_sae)
+    params = {
+        "W_enc_T": encoder_scale * W_dec,
+        "b_enc": zeros.clone(),
+        "W_dec": W_dec.clone(),
+        "b_dec": b_dec.clone(),
+    }
+    if architecture == "jumprelu":
+        params["threshold"] = torch.full_like(zeros, threshold)
+    if architecture == "gated":
+        params |= {"r_mag": zeros.clone(), "b_mag": zeros.clone()}
+    return params
+
+
+@torch.no_grad()
+def export(
+    params: Params,
+    architecture: str,
+    *,
+    k: float = 0,
+    input_scale: float = 1.0,
+    threshold: float | Tensor = 0.0,
+    pre_encoder_bias: bool = True,
+    metadata: dict | None = None,
+):
+    """A stock sae_lens SAE with these parameters, for RAW rows.
+
+    An SAE trained on x · input_scale becomes one for x by dividing every bias and
+    threshold by input_scale: all our architectures are homogeneous. W_enc and the
+    unit-norm W_dec stay as they are, so latents come out in the units of x.
+
+    Args:
+        k: of TopK.
+        threshold: of BatchTopK and Matryoshka, in the scaled units of training.
+        pre_encoder_bias: whether the encoder sees x − b_dec.
+        metadata: JSON values kept in `sae.cfg.metadata`, and in cfg.json.
+    """
+    from sae_lens import __version__
+    from sae_lens.registry import get_sae_class
+
+    d_sae, d_in = params["W_dec"].shape
+    sae_class, config_class = get_sae_class(ARCHITECTURES[architecture])
+    extra = {"k": int(k)} if architecture == "topk" else {}
+    config = config_class(
+        d_in=d_in,
+        d_sae=d_sae,
+        dtype=str(params["W_dec"].dtype).removeprefix("torch."),
+        device=str(params["W_dec"].device),
+        apply_b_dec_to_input=pre_encoder_bias,
+        **extra,
+    )
+    # without a version ≥ 6 sae_lens drops all other metadata when it loads
+    config.metadata.sae_lens_version = __version__
+    for name, value in (metadata or {}).items():
+        setattr(config.metadata, name, value)
+    sae = sae_class(config)
+    b_enc = params["b_enc"] / input_scale
+    state = {
+        "W_enc": params["W_enc_T"].T.contiguous(),
+        "W_dec": params["W_dec"],
+        "b_dec": params["b_dec"] / input_scale,
+    }
+    if architecture == "gated":
+        state |= {
+            "b_gate": b_enc,
+            "r_mag": params["r_mag"],
+            "b_mag": params["b_mag"] / input_scale,
+        }
+    else:
+        state["b_enc"] = b_enc
+    if architecture == "jumprelu":
+        threshold = params["threshold"]
+    if ARCHITECTURES[architecture] == "jumprelu":
+        state["threshold"] = torch.zeros_like(b_enc) + threshold / input_scale
+    sae.load_state_dict(state)
+    return sae.eval().requires_grad_(False)
+
+
+def save(sae, path: str | Path) -> Path:
+    """Write a sae_lens SAE to the new folder `path`, all of it or nothing.
+
+    Raises: FileExistsError when `path` exists.
+    """
+    path = Path(path)
+    if path.exists():
+        raise FileExistsError(
+            f"{path} exists already; an SAE is never overwritten: choose another "
+            "folder or delete that one first"
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    try:
+        sae.save_model(scratch)
+        for file in scratch.iterdir():
+            with open(file, "rb") as f:
+                os.fsync(f.fileno())
+        os.chmod(scratch, 0o777 & ~_umask())
+        os.rename(scratch, path)
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
+    return path
+
+
+def load(path: str | Path, device: str = "cpu"):
+    """Open an SAE that `save`, or sae_lens itself, has written.
+
+    Raises: FileNotFoundError when the folder or one of its two files is missing.
+    """
+    for name in ("cfg.json", "sae_weights.safetensors"):
+        if not (Path(path) / name).is_file():
+            raise FileNotFoundError(f"{path} holds no {name}: not a saved SAE")
+    from sae_lens import SAE
+
+    return SAE.load_from_disk(str(path), device=device).eval().requires_grad_(False)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
