@@ -1,0 +1,105 @@
+"""Shuffling: exactly once, the same everywhere, and as random as it claims."""
+
+import itertools
+import math
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import chi2, kstest
+
+from saeutils.order import FullShuffle, Permutation
+
+
+def p_value(counts, expected):
+    """Chi-square test that all cells are equally likely."""
+    counts = np.asarray(counts, dtype=float)
+    return chi2.sf(((counts - expected) ** 2 / expected).sum(), len(counts) - 1)
+
+
+@given(st.integers(1, 5000), st.integers(-(2**70), 2**70), st.integers(0, 9))
+def test_every_row_exactly_once(n, seed, epoch):
+    rows = Permutation(n, seed, epoch)(np.arange(n))
+    assert (np.sort(rows) == np.arange(n)).all()
+
+
+@pytest.mark.parametrize("n", [2**16, 2**16 + 1, 2**16 - 1])
+def test_exactly_once_around_a_power_of_two(n):
+    assert len(np.unique(Permutation(n, 0)(np.arange(n)))) == n
+
+
+@given(st.integers(1, 60), st.data())
+def test_any_part_of_the_stream_is_the_same(n, data):
+    start = data.draw(st.integers(0, 4 * n))
+    stop = data.draw(st.integers(start, 5 * n))
+    seed = data.draw(st.integers(0, 5))
+    whole = FullShuffle(n, seed)(0, 5 * n)
+    assert (FullShuffle(n, seed)(start, stop) == whole[start:stop]).all()
+    for epoch in range(5):
+        assert set(whole[epoch * n : (epoch + 1) * n]) == set(range(n))
+
+
+def test_the_order_is_pinned():
+    """The order is part of what a seed means: a change here breaks every resume."""
+    assert FullShuffle(10, 0)(0, 20).tolist() == [
+        *[3, 5, 7, 8, 2, 9, 4, 1, 0, 6],
+        *[7, 1, 9, 8, 3, 6, 4, 2, 0, 5],
+    ]
+    assert FullShuffle(10**9, 7)(10**9 - 3, 10**9 + 3).tolist() == [
+        *[158428519, 616474045, 504712064],
+        *[436432398, 191754400, 968286687],
+    ]
+
+
+def test_seeds_and_epochs_differ():
+    starts = range(0, 4000, 1000)
+    orders = [FullShuffle(1000, s)(at, at + 1000) for s in range(4) for at in starts]
+    for a, b in itertools.combinations(orders, 2):
+        assert (a == b).mean() < 0.02
+
+
+@pytest.mark.parametrize("n", [2, 3, 4, 5])
+def test_all_orders_of_few_rows_are_equally_frequent(n):
+    draws = 25 * math.factorial(n)
+    counts = Counter(tuple(Permutation(n, seed)(np.arange(n))) for seed in range(draws))
+    cells = [counts[order] for order in itertools.permutations(range(n))]
+    assert p_value(cells, 25) > 1e-4
+
+
+def test_pairs_of_neighbours_are_uniform():
+    n, draws = 17, 1500
+    rows = np.array([Permutation(n, seed)(np.arange(n)) for seed in range(draws)])
+    for a, b in [(0, 1), (n - 2, n - 1), (0, n // 2)]:
+        table = np.bincount(rows[:, a] * n + rows[:, b], minlength=n * n)
+        cells = table.reshape(n, n)[~np.eye(n, dtype=bool)]
+        assert p_value(cells, draws / (n * n - n)) > 1e-4
+
+
+@pytest.mark.parametrize("n", [1000, 60_000, 2**17])
+def test_a_long_order_has_no_structure(n):
+    rows = Permutation(n, 3)(np.arange(n)).astype(float)
+    # Correlation coefficients of a random order are normal with sd 1/√n.
+    for lag in (1, 2, 64, 256):
+        assert abs(np.corrcoef(rows[:-lag], rows[lag:])[0, 1]) < 4.5 / math.sqrt(n)
+    assert abs(np.corrcoef(rows, np.arange(n))[0, 1]) < 4.5 / math.sqrt(n)
+    # Displacement modulo n is uniform; fixed points and kept neighbours are few.
+    displacement = (rows - np.arange(n)) % n / n
+    assert kstest(displacement, "uniform").pvalue > 1e-4
+    assert (displacement == 0).sum() <= 7
+    assert (np.abs(np.diff(rows)) == 1).sum() <= 10
+
+
+def test_a_billion_rows_cost_no_more_memory_than_the_tables():
+    order = Permutation(10**9, 1)
+    assert sum(table.nbytes for table in order._tables) < 2**21
+    rows = order(np.arange(0, 10**9, 99_991))
+    assert len(np.unique(rows)) == len(rows)
+    assert kstest(rows / 1e9, "uniform").pvalue > 1e-4
+
+
+@pytest.mark.parametrize("n", [0, -1, 2**49])
+def test_impossible_sizes(n):
+    with pytest.raises(ValueError, match="permutation of"):
+        Permutation(n, 0)
