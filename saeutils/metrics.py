@@ -223,7 +223,7 @@ def scorecard(
         l1=(magnitude @ W_dec.double().norm(dim=1)).item() / n,
         firing_counts=counts.cpu(),
         init_cosine=math.nan if init is None else init_cosine(W_dec, init),
-        alarm=_alarm(fvu, l0, n > 1 and d_sae > 0 and bool(constant)),
+        alarm=_alarm(fvu, l0, n > 1 and bool(constant)) if d_sae else "",
         in_model=spliced,
     )
 

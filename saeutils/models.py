@@ -33,8 +33,8 @@ class MLP(nn.Sequential):
 
         h_0 = x,   h_i = relu(W_i h_{i-1} + b_i),   logits = W h_L + b
 
-    Weights start from He's normal distribution, drawn from `seed` alone (the global
-    random state is neither read nor changed); biases start at zero.
+    Weights start uniform in ±1/√fan_in, drawn from `seed` alone (the global random
+    state is neither read nor changed); biases start at zero.
 
     Args:
         hidden: width of each hidden layer, e.g. (128, 64) or (512, 256).
@@ -59,9 +59,8 @@ class MLP(nn.Sequential):
         linears = [skip_init(nn.Linear, a, b) for a, b in pairwise(widths)]
         generator = torch.Generator().manual_seed(seed)
         for linear in linears:
-            nn.init.kaiming_normal_(
-                linear.weight, nonlinearity="relu", generator=generator
-            )
+            bound = linear.in_features**-0.5
+            nn.init.uniform_(linear.weight, -bound, bound, generator=generator)
             nn.init.zeros_(linear.bias)
         *body, head = linears
         layers: OrderedDict[str, nn.Module] = OrderedDict()
@@ -173,7 +172,7 @@ def train_classifier(
     epochs: int = 8,
     batch_size: int = 256,
     lr: float = 4e-3,
-    weight_decay: float = 0.01,
+    weight_decay: float = 0.3,
     shift: int = 0,
     seed: int = 0,
     test: ImageData | None = None,
@@ -183,6 +182,8 @@ def train_classifier(
 
     Args:
         lr: the peak, reached after a fifth of the steps.
+        weight_decay: AdamW's. 0.3 costs little accuracy and leaves hidden layers that
+            use fewer directions than with 0.01, which sparse codes describe better.
         shift: each image is moved by up to this many pixels in x and in y, drawn
             anew each time it is seen (0 = never moved).
         seed: order and shifts come from this alone.
