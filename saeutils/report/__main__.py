@@ -21,7 +21,6 @@ HEARTBEAT = 30  # seconds between two lines of progress where there is no termin
 
 def main(argv: list[str] | None = None) -> int:
     options = arguments().parse_args(argv)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C: tidy up
     try:
         if options.thumbnails:
             return thumbnails(options)
@@ -85,30 +84,27 @@ def follow(jobs, parallel: int) -> list[Run]:
     live = sys.stdout.isatty()
     count = f"{len(jobs)} notebook{'s' * (len(jobs) != 1)}"
     print(f"{count}, {parallel} at once, size: {jobs[0].preset}", flush=True)
-    begin, told, shown, ended = time.monotonic(), {}, 0, set()
+    begin, shown = time.monotonic(), 0
     states: list[State] = []
+    ended: list[State] = []
+    due: dict[str, float] = {}  # when to speak of a notebook again
     for states in run_all(jobs, parallel):
-        lines = []
-        for state in states:
-            name = state.job.name
-            if state.run and name not in ended:
-                ended.add(name)
-                lines.append(outcome(state))
-            elif state.started and not state.run and not live:
-                if time.monotonic() - told.get(name, -HEARTBEAT) >= HEARTBEAT:
-                    told[name] = time.monotonic()
-                    lines.append(running(state))
+        new = [state for state in states if state.run and state not in ended]
+        ended += new
+        lines = [outcome(state) for state in new]
+        busy = [state for state in states if state.started and not state.run]
         if live:
-            now = [running(s) for s in states if s.started and not s.run]
-            total = (
-                f"  {len(ended)} of {len(jobs)} done, {clock(time.monotonic() - begin)}"
-            )
-            now.append(total)
-            back = f"\x1b[{shown}F\x1b[J" if shown else ""
-            sys.stdout.write(back + "".join(f"{line}\n" for line in lines + now))
+            passed = clock(time.monotonic() - begin)
+            now = [running(state) for state in busy]
+            now.append(f"  {len(ended)} of {len(jobs)} done, {passed}")
+            sys.stdout.write(f"\x1b[{shown}F\x1b[J" if shown else "")
             shown = len(now)
+            lines += now
         else:
-            sys.stdout.write("".join(f"{line}\n" for line in lines))
+            spoken = [s for s in busy if s.elapsed >= due.get(s.job.name, 0)]
+            due |= {s.job.name: s.elapsed + HEARTBEAT for s in spoken}
+            lines += [running(state) for state in spoken]
+        sys.stdout.write("".join(f"{line}\n" for line in lines))
         sys.stdout.flush()
     return [state.run for state in states]
 
@@ -216,4 +212,10 @@ def thumbnails(options: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: tidy up
+    try:
+        code = main()
+    except KeyboardInterrupt:
+        print("\nStopped; no notebook goes on.", file=sys.stderr)
+        code = 130
+    sys.exit(code)

@@ -132,9 +132,8 @@ def parameters(notebook: Path) -> dict[str, Any]:
             continue
         for line in ast.parse("".join(cell["source"])).body:
             if isinstance(line, ast.Assign | ast.AnnAssign) and line.value:
-                target = (
-                    line.targets[0] if isinstance(line, ast.Assign) else line.target
-                )
+                plain = isinstance(line, ast.Assign)
+                target = line.targets[0] if plain else line.target
                 try:
                     value = ast.literal_eval(line.value)
                 except ValueError:  # not a literal: shown as it is written
@@ -201,6 +200,7 @@ def describe(notebook: Path) -> tuple[str, str]:
         block = re.sub(r"[*`]|(?<!\w)_|_(?!\w)", "", block)
         if block.strip():
             question = " ".join(block.split())
+            question = question[0].upper() + question[1:]
             break
     return title, question
 
@@ -215,7 +215,7 @@ def how_many() -> int:
 # --- running --------------------------------------------------------------
 
 
-@dataclass
+@dataclass(eq=False)
 class State:
     """What a job is doing, as its worker tells it."""
 

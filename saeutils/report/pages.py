@@ -61,9 +61,7 @@ def notebook_page(notebook: nbformat.NotebookNode, run: Run, folder: Path) -> st
     """The page of an executed notebook; images it names lie in `folder`."""
     shown = nbformat.from_dict(notebook)
     shown.cells = [cell for cell in shown.cells if _wanted(cell)]
-    CoalesceStreamsPreprocessor(enabled=True)(
-        shown, {}
-    )  # a progress bar leaves its last line only
+    CoalesceStreamsPreprocessor(enabled=True)(shown, {})  # progress bars: last line
     failed = [c for c in shown.cells if any(map(_is_error, c.get("outputs", [])))]
     env = _environment()
     env.filters["markdown"] = lambda text: markdown(text, folder)
@@ -92,10 +90,10 @@ def _is_error(output: nbformat.NotebookNode) -> bool:
 
 def figure_html(figure: dict[str, Any]) -> str:
     """A place for a figure, which `figures.js` draws when it comes into view."""
-    height = figure.get("layout", {}).get("height", 450)
+    style = f"height:{int(figure['layout'].get('height', 450))}px"
     data = json.dumps(figure, separators=(",", ":")).replace("</", "<\\/")
     return (
-        f'<div class="figure"><div class="plotly-figure" style="height:{int(height)}px">'
+        f'<div class="figure"><div class="plotly-figure" style="{style}">'
         f'<script type="application/json">{data}</script></div></div>'
     )
 
@@ -222,7 +220,7 @@ def _looks() -> dict[str, str]:
     return {key: (ASSETS / name).read_text("utf-8") for key, name in names.items()}
 
 
-def duration(seconds: float) -> str:
+def duration(seconds: float | int) -> str:
     if seconds < 60:
         return f"{seconds:.0f} s"
     minutes, rest = divmod(round(seconds), 60)

@@ -98,9 +98,8 @@ def versions() -> dict[str, str]:
 def used() -> tuple[float, int]:
     """CPU seconds, and bytes of the largest process, of this process and of the
     kernel it had (which counts once it has ended)."""
-    both = [
-        resource.getrusage(w) for w in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-    ]
+    whose = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    both = [resource.getrusage(who) for who in whose]
     unit = 1 if sys.platform == "darwin" else 1024
     seconds = sum(usage.ru_utime + usage.ru_stime for usage in both)
     return seconds, max(usage.ru_maxrss for usage in both) * unit
