@@ -97,7 +97,7 @@ def test_the_good_one_ran_through_beside_failing_ones(ran):
     assert run.cells == run.cells_run == 5
     assert run.title == "Does it run?"
     assert run.question == "Is n shown in every place?"
-    assert 0 < run.cpu_seconds and 0 < run.peak_bytes
+    assert run.cpu_seconds > 0 and run.peak_bytes > 0
     assert run.versions["Python"].startswith(f"{sys.version_info[0]}.")
 
 
