@@ -57,7 +57,7 @@ class Permutation:
             if r % 2:
                 reads, writes = writes, reads
             words = _mix(_mix(mixed + np.uint64(r)) ^ np.arange(2**reads, dtype="u8"))
-            self._tables.append((words >> np.uint64(64 - writes)).astype(np.uint32))
+            self._tables.append((words >> np.uint64(64 - writes)).astype(np.int64))
 
     def __call__(self, positions: Int64[np.ndarray, " m"]) -> Int64[np.ndarray, " m"]:
         """Where the permutation sends each position (each in 0 … n − 1)."""
@@ -69,14 +69,13 @@ class Permutation:
         return out
 
     def _network(self, x: np.ndarray) -> np.ndarray:
-        high = (x >> self._low_bits).astype(np.uint32)
-        low = (x & (2**self._low_bits - 1)).astype(np.uint32)
+        high, low = x >> self._low_bits, x & (2**self._low_bits - 1)
+        word = np.empty_like(x)
         for r, table in enumerate(self._tables):
-            if r % 2:
-                low ^= table[high]
-            else:
-                high ^= table[low]
-        return (high.astype(np.int64) << self._low_bits) | low
+            reads, writes = (high, low) if r % 2 else (low, high)
+            np.take(table, reads, out=word, mode="clip")  # clip: no second check
+            writes ^= word
+        return (high << self._low_bits) | low
 
 
 class FullShuffle:
@@ -84,7 +83,7 @@ class FullShuffle:
 
     def __init__(self, n: int, seed: int) -> None:
         self.n, self.seed = n, seed
-        self._epoch, self._permutation = -1, None
+        self._last: tuple[int, Permutation] = 0, Permutation(n, seed, 0)
 
     def __call__(self, start: int, stop: int) -> Int64[np.ndarray, " rows"]:
         """Rows at positions start … stop − 1 of the endless stream."""
@@ -97,7 +96,8 @@ class FullShuffle:
         return np.concatenate(parts) if parts else np.empty(0, np.int64)
 
     def _of(self, epoch: int) -> Permutation:
-        if epoch != self._epoch:
-            self._epoch = epoch
-            self._permutation = Permutation(self.n, self.seed, epoch)
-        return self._permutation
+        known, permutation = self._last  # one assignment: threads may share this
+        if known != epoch:
+            permutation = Permutation(self.n, self.seed, epoch)
+            self._last = epoch, permutation
+        return permutation

@@ -1,0 +1,55 @@
+"""Rows from many memory-mapped shards into one array, one copy, compiled by numba.
+
+numpy and torch index one array at a time, so rows spread over S shards would cost S
+calls and a second copy to restore the order. Here each row is one memory copy from
+the address where its shard is mapped.
+"""
+
+import numba
+import numpy as np
+from numba.core import cgutils, types
+from numba.extending import intrinsic
+
+
+@intrinsic
+def _pointer(typing_context, address):
+    def generate(context, builder, signature, arguments):
+        return builder.inttoptr(arguments[0], cgutils.voidptr_t)
+
+    return types.voidptr(types.int64), generate
+
+
+@numba.njit(nogil=True, cache=True)
+def _copy_rows(addresses, starts, rows_per_shard, index, out):
+    width = out.shape[1]
+    last = len(addresses) - 1
+    for i in range(len(index)):
+        row = index[i]
+        # Right at once when all shards are equally long, as they nearly always are.
+        shard = min(row // rows_per_shard, last)
+        while row < starts[shard]:
+            shard -= 1
+        while row >= starts[shard + 1]:
+            shard += 1
+        address = addresses[shard] + (row - starts[shard]) * width
+        source = numba.carray(_pointer(address), (width,), np.uint8)
+        for j in range(width):
+            out[i, j] = source[j]
+
+
+class ShardedRows:
+    """Arrays (rows, d) of one dtype, C-contiguous, read as if laid end to end."""
+
+    def __init__(self, shards: list[np.ndarray]) -> None:
+        assert all(s.flags.c_contiguous and s.dtype == shards[0].dtype for s in shards)
+        self._shards = shards  # keeps the addresses alive
+        self._addresses = np.array([s.ctypes.data for s in shards], dtype=np.int64)
+        self._starts = np.cumsum([0] + [len(s) for s in shards])
+
+    def gather(self, index: np.ndarray, out: np.ndarray) -> None:
+        """out[i] = row index[i]. The caller has checked 0 ≤ index < total."""
+        assert out.flags.c_contiguous and out.dtype == self._shards[0].dtype
+        assert index.dtype == np.int64 and len(index) == len(out)
+        as_bytes = out.view(np.uint8).reshape(len(out), -1)
+        per_shard = len(self._shards[0])
+        _copy_rows(self._addresses, self._starts, per_shard, index, as_bytes)

@@ -1,0 +1,454 @@
+"""Rows of activations on disk or in memory, with the provenance of each row.
+
+The format, version 1
+---------------------
+A store is a folder; it holds the activations of one hook point. All names inside
+are relative, all numbers little-endian.
+
+    manifest.json      what is here; replaced atomically after each shard
+    00000.npy          rows 0 … of the store: one (rows, d_in) array, C order, npy 1.0
+    00000.parquet      their provenance: one record a row, in the same order
+    00001.npy …        the rows that follow
+    .lock              held by the process that writes; no part of the data
+
+manifest.json is UTF-8 JSON with these keys:
+
+    format, version    "saeutils.activations", 1. A reader refuses a greater version
+    complete           false while being written: the listed shards are whole and
+                       right, but rows are missing at the end
+    hook, d_in         name of the hook point, width of a row
+    dtype, byteorder   "float32" (npy <f4), "float16" (<f2), or "bfloat16" (<u2: the
+                       upper 16 bits of the float32); "little"
+    rows               rows in the listed shards; `expected_rows` when complete, or null
+    rows_per_shard     rows of each shard but the last
+    model, data        fingerprints (sha256) of the model's weights and of the inputs
+                       with their provenance; null when unknown
+    seed, settings     as given by the writer
+    columns            provenance column -> type (int64, float32, bool, string, …)
+    shards             in order: {rows, file, bytes, sha256 (of the whole file),
+                       provenance: {file, bytes, sha256}}
+
+Row i of the store is row i − (rows of the shards before) of its shard. Files that
+the manifest does not list are leftovers. Values are finite, always.
+"""
+
+import hashlib
+import io
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float32, Int64
+from torch import Tensor
+
+from saeutils.order import FullShuffle
+from saeutils.storage import Folder
+from saeutils.store_writer import (
+    MANIFEST,
+    STORED,
+    StoreWriter,
+    as_stored,
+    read_manifest,
+)
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = [
+    "ActivationStore",
+    "Batch",
+    "Store",
+    "StoreWriter",
+    "TensorStore",
+    "as_store",
+]
+
+Index = Tensor | np.ndarray | Sequence[int]
+AHEAD = 2  # batches that a reading thread prepares beforehand
+
+
+class Batch(NamedTuple):
+    """Some rows, and the number of each in its store: provenance.iloc[index]."""
+
+    rows: Float32[Tensor, "batch d_in"]
+    index: Int64[Tensor, " batch"]
+
+
+class Store(ABC):
+    """The reading interface that rows on disk and rows in memory share.
+
+    Attributes: `d_in` (width of a row), `dtype` (as stored), `hook` (name of the hook
+    point, None when unknown). Rows come out as float32.
+    """
+
+    d_in: int
+    dtype: torch.dtype
+    hook: str | None
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def gather(self, index: Index) -> Float32[Tensor, "rows d_in"]:
+        """The rows at `index`, in that order. Raises IndexError out of 0 … n − 1."""
+
+    @abstractmethod
+    def _slice(self, start: int, stop: int) -> Float32[Tensor, "rows d_in"]: ...
+
+    @property
+    @abstractmethod
+    def provenance(self) -> "pd.DataFrame":
+        """One record a row, in the order of the rows."""
+
+    @property
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """sha256 (hex) of the stored rows and their provenance."""
+
+    def __getitem__(self, rows: slice) -> Float32[Tensor, "rows d_in"]:
+        start, stop, step = rows.indices(len(self))
+        if step != 1:
+            raise ValueError(f"step {step}: store[i:j] reads neighbours; use gather")
+        return self._slice(start, max(start, stop))
+
+    def chunks(self, size: int) -> Iterator[Batch]:
+        """All rows in order, `size` at a time, the last chunk short."""
+        if size < 1:
+            raise ValueError(f"chunks of {size} rows: expected at least 1")
+        for start in range(0, len(self), size):
+            rows = self._slice(start, min(start + size, len(self)))
+            yield Batch(rows, torch.arange(start, start + len(rows)))
+
+    def batches(
+        self,
+        batch_size: int,
+        *,
+        seed: int = 0,
+        steps: int | None = None,
+        start: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        shuffle: str = "full",
+        workers: int = 1,
+    ) -> Iterator[Batch]:
+        """Shuffled batches, in an order that depends on the seed and nothing else.
+
+        The rows form an endless stream: a random permutation of all n (epoch 0),
+        then another (epoch 1), … Batch s of rank r is
+        stream[(s · world_size + r) · batch_size : + batch_size].
+
+        steps: the step to stop before; None: one epoch, the last batch short, and
+            possibly none for the last ranks.
+        start: the step to begin at, for resuming; costs nothing, whatever it is.
+        workers: threads that read ahead. 0 reads when asked. The batches are the
+            same for any number.
+        """
+        n = len(self)
+        if min(batch_size, world_size) < 1 or not 0 <= rank < world_size:
+            raise ValueError(
+                f"batch_size {batch_size}, rank {rank} of world_size {world_size}: "
+                "expected batch_size ≥ 1 and 0 ≤ rank < world_size"
+            )
+        if start < 0 or workers < 0 or (steps is not None and steps < 0):
+            raise ValueError(
+                f"start {start}, steps {steps}, workers {workers}: none may be negative"
+            )
+        if shuffle != "full":
+            raise ValueError(f'shuffle {shuffle!r}: expected "full"')
+        order = FullShuffle(n, seed)
+        last = n if steps is None else steps * world_size * batch_size
+
+        first, stride = (
+            (start * world_size + rank) * batch_size,
+            world_size * batch_size,
+        )
+
+        def read(at: int) -> Batch:
+            index = order(at, min(at + batch_size, last))
+            return Batch(self.gather(index), torch.from_numpy(index))
+
+        return _read_ahead(read, range(first, last, stride), workers)
+
+
+class ActivationStore(Store):
+    """A store on disk. Opening reads the manifest; rows are memory-mapped."""
+
+    def __init__(self, folder: Folder, manifest: dict[str, Any]) -> None:
+        self.folder, self.manifest = folder, manifest
+        self.d_in: int = manifest["d_in"]
+        self.dtype: torch.dtype = getattr(torch, manifest["dtype"])
+        self.hook: str = manifest["hook"]
+        self._starts = np.cumsum([0] + [shard["rows"] for shard in manifest["shards"]])
+
+    @classmethod
+    def open(cls, path: str | Path, *, partial: bool = False) -> "ActivationStore":
+        """Open the store at `path`, or the only store in a folder of stores.
+
+        partial: also open a store that is not complete, with the rows it has.
+        Raises FileNotFoundError when there is none, and ValueError for a store that
+        is not complete, of a newer format, or whose files are missing or of the
+        wrong size (`verify` also reads their content).
+        """
+        folder = Folder(path)
+        if not folder.exists(MANIFEST):
+            inside = [f for f in folder.folders() if (folder / f).exists(MANIFEST)]
+            if len(inside) == 1:
+                folder = folder / inside[0]
+            elif inside:
+                raise ValueError(
+                    f"{folder} holds several stores ({', '.join(inside)}): open one"
+                )
+        manifest = read_manifest(folder)
+        if not manifest["complete"] and not partial:
+            raise ValueError(
+                f"{folder} is not complete ({manifest['rows']:,} of "
+                f"{manifest['expected_rows'] or '?'} rows): run what wrote it again "
+                "and it goes on from there, or open it with partial=True"
+            )
+        store = cls(folder, manifest)
+        store._refuse(
+            [problem for file in store._files() if (problem := file.glance())]
+        )
+        return store
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __repr__(self) -> str:
+        return (
+            f"ActivationStore({str(self.folder)!r}: {self.hook}, {len(self):,} × "
+            f"{self.d_in} {self.manifest['dtype']}, "
+            f"{len(self.manifest['shards'])} shards)"
+        )
+
+    def __reduce__(self) -> tuple:
+        # Other processes open the files themselves: mapped rows are not copied.
+        return ActivationStore, (self.folder, self.manifest)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 over width, dtype and the checksums of all files."""
+        digest = hashlib.sha256(f"{self.d_in} {self.manifest['dtype']}".encode())
+        for file in self._files():
+            digest.update(bytes.fromhex(file.sha256))
+        return digest.hexdigest()
+
+    @cached_property
+    def provenance(self) -> "pd.DataFrame":
+        """One record a row, in the order of the rows; strings as categories."""
+        import pandas as pd
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        strings = [
+            k for k, v in (self.manifest["columns"] or {}).items() if v == "string"
+        ]
+        tables = [
+            pq.read_table(
+                io.BytesIO(self.folder.read(shard["provenance"]["file"])),
+                read_dictionary=strings,
+            )
+            for shard in self.manifest["shards"]
+            if "provenance" in shard
+        ]
+        if not tables:
+            return pd.DataFrame(index=pd.RangeIndex(len(self)))
+        return pa.concat_tables(tables).unify_dictionaries().to_pandas()
+
+    def gather(self, index: Index) -> Float32[Tensor, "rows d_in"]:
+        """The rows at `index`, in that order. Raises IndexError out of 0 … n − 1."""
+        index = np.ascontiguousarray(index, dtype=np.int64)
+        _check_index(index, len(self))
+        out = np.empty((len(index), self.d_in), STORED[self.manifest["dtype"]])
+        if len(index):
+            self._rows.gather(index, out)
+        return self._as_float32(out)
+
+    def _slice(self, start: int, stop: int) -> Float32[Tensor, "rows d_in"]:
+        out = np.empty((stop - start, self.d_in), STORED[self.manifest["dtype"]])
+        first = int(np.searchsorted(self._starts, start, side="right")) - 1
+        at = start
+        while at < stop:
+            shard, offset = self._shards[first], at - self._starts[first]
+            part = shard[offset : offset + stop - at]
+            out[at - start : at - start + len(part)] = part
+            at, first = at + len(part), first + 1
+        return self._as_float32(out)
+
+    def _as_float32(self, stored: np.ndarray) -> Float32[Tensor, "rows d_in"]:
+        native = stored.astype(stored.dtype.newbyteorder("="), copy=False)
+        return torch.from_numpy(native).view(self.dtype).float()
+
+    @cached_property
+    def _shards(self) -> list[np.ndarray]:
+        shards = []
+        for shard in self.manifest["shards"]:
+            rows = self.folder.map(shard["file"])
+            expected = (shard["rows"], self.d_in), STORED[self.manifest["dtype"]]
+            if (rows.shape, rows.dtype.str) != expected:
+                self._refuse([f"{shard['file']} holds {rows.shape} {rows.dtype.str}"])
+            shards.append(rows)
+        return shards
+
+    @cached_property
+    def _rows(self) -> Any:
+        from saeutils._gather import ShardedRows  # numba takes a second to import
+
+        return ShardedRows(self._shards)
+
+    def verify(self) -> None:
+        """Read every file and compare it with its checksum.
+
+        Raises ValueError naming each file that is missing, truncated, damaged or
+        swapped with another.
+        """
+        files = self._files()
+        owner = {file.sha256: file.name for file in reversed(files)}
+        with ThreadPoolExecutor(4) as pool:
+            problems = list(pool.map(lambda file: file.examine(owner), files))
+        self._refuse([problem for problem in problems if problem])
+
+    def _files(self) -> list["_File"]:
+        files = []
+        for shard in self.manifest["shards"]:
+            for record in (shard, shard.get("provenance")):
+                if record:
+                    name, size = record["file"], record["bytes"]
+                    files.append(_File(self.folder, name, size, record["sha256"]))
+        return files
+
+    def _refuse(self, problems: list[str]) -> None:
+        if problems:
+            raise ValueError(
+                f"{self.folder} is damaged: {'; '.join(problems)}. Copy these files "
+                "again from where the store came, or delete the store and make it anew"
+            )
+
+
+class _File(NamedTuple):
+    """A file of a store and what the manifest says about it."""
+
+    folder: Folder
+    name: str
+    bytes: int
+    sha256: str
+
+    def glance(self) -> str | None:
+        """What is wrong with the file, as far as its size tells."""
+        path = PurePosixPath(self.name)
+        if path.is_absolute() or ".." in path.parts:
+            return f"{self.name} lies outside the store"
+        try:
+            size = self.folder.size(self.name)
+        except FileNotFoundError:
+            return f"{self.name} is missing"
+        if size != self.bytes:
+            how = "truncated" if size < self.bytes else "too long"
+            return f"{self.name} is {how} ({size:,} of {self.bytes:,} bytes)"
+        return None
+
+    def examine(self, owner: dict[str, str]) -> str | None:
+        """What is wrong with the file; `owner`: checksum -> file it belongs to."""
+        if problem := self.glance():
+            return problem
+        found = self.folder.sha256(self.name)
+        if found == self.sha256:
+            return None
+        if found in owner:
+            return f"{self.name} holds what belongs to {owner[found]}"
+        return f"{self.name} is damaged (sha256 differs)"
+
+
+class TensorStore(Store):
+    """Rows in memory, read like a store. Rows may lie on any device."""
+
+    def __init__(
+        self,
+        rows: Float[Tensor, "rows d_in"],
+        provenance: "pd.DataFrame | None" = None,
+        hook: str | None = None,
+    ) -> None:
+        if rows.ndim != 2 or not rows.numel():
+            raise ValueError(f"rows of shape {tuple(rows.shape)}: expected (n, d_in)")
+        if provenance is not None and len(provenance) != len(rows):
+            raise ValueError(
+                f"{len(provenance)} provenance records for {len(rows)} rows"
+            )
+        self.rows, self.hook = rows.detach(), hook
+        self.d_in, self.dtype = rows.shape[1], rows.dtype
+        self._provenance = provenance
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __repr__(self) -> str:
+        return f"TensorStore({len(self):,} × {self.d_in} {self.dtype})"
+
+    @property
+    def provenance(self) -> "pd.DataFrame":
+        """One record a row; no columns when none were given."""
+        if self._provenance is None:
+            import pandas as pd
+
+            return pd.DataFrame(index=pd.RangeIndex(len(self)))
+        return self._provenance
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 (hex) of the rows and their provenance."""
+        digest = hashlib.sha256(f"{self.d_in} {self.dtype}".encode())
+        digest.update(as_stored(self.rows.cpu()).data)
+        digest.update(self.provenance.to_csv(index=False).encode())
+        return digest.hexdigest()
+
+    def gather(self, index: Index) -> Float32[Tensor, "rows d_in"]:
+        """The rows at `index`, in that order. Raises IndexError out of 0 … n − 1."""
+        index = torch.as_tensor(index, dtype=torch.int64)
+        _check_index(index.cpu().numpy(), len(self))
+        return self.rows[index.to(self.rows.device)].float()
+
+    def _slice(self, start: int, stop: int) -> Float32[Tensor, "rows d_in"]:
+        return self.rows[start:stop].float()
+
+
+def as_store(rows: Tensor | Store | str | Path) -> Store:
+    """A tensor, a store, or the path of one: as a store."""
+    if isinstance(rows, Store):
+        return rows
+    if isinstance(rows, Tensor):
+        return TensorStore(rows)
+    return ActivationStore.open(rows)
+
+
+def _check_index(index: np.ndarray, n: int) -> None:
+    if len(index) and not (index.min() >= 0 and index.max() < n):
+        raise IndexError(
+            f"rows {index.min()} … {index.max()} asked of a store of {n} rows"
+        )
+
+
+def _read_ahead(
+    read: Callable[[int], Batch], tasks: Iterable[int], threads: int
+) -> Iterator[Batch]:
+    """map(read, tasks), in order, with threads working AHEAD of the consumer."""
+    if threads == 0:
+        yield from map(read, tasks)
+        return
+    pool, pending = ThreadPoolExecutor(threads), deque()
+    try:
+        for task in tasks:
+            pending.append(pool.submit(read, task))
+            if len(pending) > threads * AHEAD:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:  # also when the consumer stops early
+        for future in pending:
+            future.cancel()
+        pool.shutdown(wait=False)
