@@ -5,16 +5,22 @@ the GIL, so that `kernels.in_threads` can split the work. Loops over d_in are th
 innermost ones and become SIMD code; sums may be reassociated, but NaN is kept.
 """
 
+import inspect
+
 import numba
 import numpy as np
 import torch
 from torch import Tensor
 
-from saeutils.kernels import Codes, in_threads
+from saeutils.kernels import in_threads
 
-_jit = numba.njit(
-    nogil=True, cache=True, fastmath={"reassoc", "contract", "nsz", "arcp"}
-)
+
+def _jit(function):
+    """Compile; unwrapped first, since a test run wraps functions in type checks."""
+    compiler = numba.njit(
+        nogil=True, cache=True, fastmath={"reassoc", "contract", "nsz", "arcp"}
+    )
+    return compiler(inspect.unwrap(function))
 
 
 @_jit
@@ -36,8 +42,8 @@ def _cut(a, k, slack):
         if not low < middle < high:
             return high, above
         n = 0
-        for v in a:
-            n += v > middle
+        for c in range(len(a)):  # not `for v in a`: that is not vectorised
+            n += a[c] > middle
         if n < k:
             high, above = middle, n
         elif n > k + slack:
@@ -126,7 +132,7 @@ def topk(pre: Tensor, k: int, positive: bool) -> tuple[Tensor, Tensor, Tensor]:
     else:
         keep = np.arange(k) < counts[:, None]
         flat_i, flat_v = indices[keep], values[keep]
-    return (torch.from_numpy(a) for a in (counts, flat_i, flat_v))
+    return tuple(torch.from_numpy(a) for a in (counts, flat_i, flat_v))
 
 
 @_jit
@@ -165,7 +171,7 @@ def above(pre: Tensor, threshold) -> tuple[Tensor, Tensor, Tensor]:
     in_threads(
         lambda a, b: _fill_above(a, b, rows, limit, indptr, indices, values), n, 64
     )
-    return (torch.from_numpy(a) for a in (counts, indices, values))
+    return tuple(torch.from_numpy(a) for a in (counts, indices, values))
 
 
 @_jit
@@ -237,7 +243,7 @@ def reconstruct(codes, level_of, levels, W_dec, b_dec, x):
         len(rows),
     )
     total = error.sum(1, dtype=np.float64)
-    return (torch.from_numpy(a) for a in (residual, total, dot))
+    return tuple(torch.from_numpy(a) for a in (residual, total, dot))
 
 
 @_jit
@@ -296,9 +302,9 @@ def _gradient_latents(
                 enc[c] += g0 * x0[c] + g1 * x1[c] + g2 * x2[c] + g3 * x3[c]
                 dec[c] += v0 * r0[c] + v1 * r1[c] + v2 * r2[c] + v3 * r3[c]
             e += 4
-        for e in range(e, last):
-            xi, ri = centred[row[e]], residual[row[e]]
-            g, v = gradient[e], value[e] * scale
+        for rest in range(e, last):
+            xi, ri = centred[row[rest]], residual[row[rest]]
+            g, v = gradient[rest], value[rest] * scale
             bias += g
             for c in range(d):
                 enc[c] += g * xi[c]

@@ -57,7 +57,7 @@ class Codes(NamedTuple):
 
 
 class Forward(NamedTuple):
-    """What `reconstruct` returns; L is the number of nested widths (1 if not nested)."""
+    """What `reconstruct` returns; L: nested widths, 1 if not nested."""
 
     residual: Float[Tensor, "L batch d_in"]
     """Level l: Σ over the widths m ≥ l of x̂_m − x."""
@@ -103,7 +103,7 @@ def encode_chunks(
             yield start, torch.addmm(b_enc, rows, W_enc_T.T, out=out[: len(rows)])
 
 
-def select_topk(pre_chunks, batch: int, k: int, positive: bool = True) -> Codes:
+def select_topk(pre_chunks, k: int, positive: bool = True) -> Codes:
     """Keep the k largest pre-activations of every row, and of those the positive.
 
     `pre_chunks` is what `encode_chunks` yields. Dropping what is not positive is

@@ -29,7 +29,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from saeutils import kernels
-from saeutils.kernels import Codes, Weights
+from saeutils.kernels import Weights
 from saeutils.sae import Params
 
 
@@ -93,7 +93,7 @@ def sparse_step(
         )
 
     if name == "topk":
-        codes = kernels.select_topk(encode(), len(x), int(penalty.k))
+        codes = kernels.select_topk(encode(), int(penalty.k))
     elif name in ("batchtopk", "matryoshka"):
         total = int(penalty.k * batch)
         codes, cut = kernels.select_batch_topk(encode, total, guess, gather)
