@@ -5,6 +5,8 @@ calls and a second copy to restore the order. Here each row is one memory copy f
 the address where its shard is mapped.
 """
 
+from typing import no_type_check
+
 import numba
 import numpy as np
 from numba.core import cgutils, types
@@ -12,6 +14,7 @@ from numba.extending import intrinsic
 
 
 @intrinsic
+@no_type_check
 def _pointer(typing_context, address):
     def generate(context, builder, signature, arguments):
         return builder.inttoptr(arguments[0], cgutils.voidptr_t)
@@ -20,6 +23,7 @@ def _pointer(typing_context, address):
 
 
 @numba.njit(nogil=True, cache=True)
+@no_type_check  # a wrapped function cannot be compiled
 def _copy_rows(addresses, starts, rows_per_shard, index, out):
     width = out.shape[1]
     last = len(addresses) - 1
