@@ -43,7 +43,7 @@ test: $(STAMP)
 	@$(PY) -m pytest $(ARGS)
 
 lab: $(STAMP)
-	@$(PY) -m jupyterlab --notebook-dir=notebooks
+	@$(PY) -m jupyterlab --notebook-dir=notebooks $(ARGS)
 
 lint: $(STAMP)
 	@$(PY) -m ruff check
