@@ -3,15 +3,13 @@
 Each has `encode`, `decode` and `W_dec`, so `metrics.scorecard` takes it as it is.
 """
 
-from typing import Any
-
 import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
 from saeutils.sae import initial_params
 from saeutils.store import as_store
-from saeutils.streaming import BUDGET, RunningMoments, checked_chunks, rows_within
+from saeutils.streaming import BUDGET, Rows, RunningMoments, checked_chunks, rows_within
 
 
 class Dictionary:
@@ -66,7 +64,7 @@ class PCA(Dictionary):
 
     variance_share: Float64[Tensor, " d_in"]
 
-    def __init__(self, rows: Any, k: int):
+    def __init__(self, rows: Rows, k: int):
         d_in = as_store(rows).d_in
         if not 0 <= k <= d_in:
             raise ValueError(f"k must lie in 0..{d_in} (d_in), got {k}")
@@ -82,13 +80,13 @@ class PCA(Dictionary):
         super().__init__(vectors.flip(1)[:, :k].T.float(), moments.mean.float())
 
 
-def mean_predictor(rows: Any) -> Dictionary:
+def mean_predictor(rows: Rows) -> Dictionary:
     """Says the mean of the rows whatever it sees; nothing is explained, FVU = 1."""
     mean = _moments(rows).mean.float()
     return Dictionary(mean.new_zeros(0, len(mean)), mean)
 
 
-def neurons(rows: Any, k: int | None = None) -> Dictionary:
+def neurons(rows: Rows, k: int | None = None) -> Dictionary:
     """The neurons themselves: the k a row that deviate most from their mean.
 
     `k = None` leaves the activations untouched (latent i is neuron i): not a
@@ -101,7 +99,7 @@ def neurons(rows: Any, k: int | None = None) -> Dictionary:
 
 
 def untrained(
-    rows: Any, d_sae: int, k: int, *, seed: int = 0, rescale: bool = True
+    rows: Rows, d_sae: int, k: int, *, seed: int = 0, rescale: bool = True
 ) -> Dictionary:
     """A TopK SAE as training finds it: random unit rows around the data's mean.
 
@@ -124,7 +122,7 @@ def untrained(
     return sae
 
 
-def _moments(rows: Any, covariance: bool = False) -> RunningMoments:
+def _moments(rows: Rows, covariance: bool = False) -> RunningMoments:
     d_in = as_store(rows).d_in
     moments = RunningMoments(d_in, covariance)
     for x in checked_chunks(rows, d_in, rows_within(BUDGET, 2 * d_in)):

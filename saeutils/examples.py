@@ -15,7 +15,14 @@ from torch import Tensor
 
 from saeutils.metrics import Autoencoder
 from saeutils.store import as_store
-from saeutils.streaming import BUDGET, Firings, checked_chunks, firings, rows_within
+from saeutils.streaming import (
+    BUDGET,
+    Firings,
+    Rows,
+    checked_chunks,
+    firings,
+    rows_within,
+)
 
 
 class Codes:
@@ -35,7 +42,7 @@ class Codes:
     def __init__(
         self,
         sae: Autoencoder | None,
-        rows: Any,
+        rows: Rows,
         *,
         ids: Int64[Tensor, " n"] | None = None,
         labels: Int64[Tensor, " n"] | None = None,

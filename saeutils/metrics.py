@@ -7,7 +7,7 @@ Sums over rows are float64, so a number does not depend on how the rows were bat
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from saeutils.datasets import ImageData
 from saeutils.splicing import InModel, in_model
 from saeutils.streaming import (
     BUDGET,
+    Rows,
     RunningMoments,
     checked_chunks,
     firings,
@@ -151,7 +152,7 @@ class Scorecard:
 @torch.no_grad()
 def scorecard(
     sae: Autoencoder,
-    rows: Any,
+    rows: Rows,
     *,
     eval_set: str,
     name: str | None = None,
@@ -320,14 +321,24 @@ def summary(frame: "pd.DataFrame", digits: int = 3) -> "pd.DataFrame":
         values = column.dropna()
         if values.empty:
             return "–"
-        mean = f"{values.mean():.{digits}g}"
-        if abs(values.mean()) >= 10**digits:
-            mean = f"{values.mean():,.0f}"
-        if values.nunique() == 1:
-            return mean
-        return f"{mean} ± {values.std():.1g}"
+        mean, sd = values.mean(), values.std()
+        if mean == 0 and not sd > 0:
+            return "0"
+        # As many decimals as `digits` figures of the mean, or one of the spread, need.
+        decimals = digits - 1 - _magnitude(mean)
+        if sd > 0:
+            decimals = min(decimals + 1, -_magnitude(sd))
+        whole = pd.api.types.is_integer_dtype(column)
+        decimals = 0 if whole else max(decimals, 0)
+        text = f"{mean:,.{decimals}f}"
+        return f"{text} ± {sd:,.{decimals}f}" if sd > 0 else text
 
     groups = frame.groupby("name", sort=False)
     out = groups.agg(cell)
     out.insert(0, "runs", groups.size())
     return out.reset_index()
+
+
+def _magnitude(value: float) -> int:
+    """The power of ten of the first figure: 0 for 1 … 9.99, −2 for 0.01."""
+    return math.floor(math.log10(abs(value))) if value else 0

@@ -1,14 +1,16 @@
 """Passes over rows in chunks: bounded memory, and results that do not depend on it."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from saeutils.store import as_store
+from saeutils.store import Store, as_store
 
+Rows = Tensor | Store | str | Path  # (n, d_in), a store, or the path of one
 BUDGET = 16 * 2**20  # bytes of one dense block: rows × d_sae, or latents × latents
 
 
@@ -63,7 +65,7 @@ def rows_within(budget: int, width: int) -> int:
 
 
 def checked_chunks(
-    rows: Any, d_in: int, size: int, device: Any = "cpu"
+    rows: Rows, d_in: int, size: int, device: Any = "cpu"
 ) -> Iterator[Float[Tensor, "chunk d_in"]]:
     """The rows in order, `size` at a time; refuses the wrong width, NaN and no rows."""
     store = as_store(rows)

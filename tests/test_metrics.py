@@ -334,7 +334,7 @@ def test_tables():
     assert list(short["name"]) == ["identity", "mean"]
     assert list(short["runs"]) == [2, 1]
     assert "±" in short["L1"][0] and short["FVU"][0] == "0"
-    assert short["FVU"][1] == "1" and short["dead %"][1] == "–"
+    assert short["FVU"][1] == "1.00" and short["dead %"][1] == "–"
     assert short["eval set"][0] == "test rows"
     frame = pd.DataFrame({"name": ["a", "a"], "x": [1.0, 3.0], "n": [60000, 60000]})
     assert metrics.summary(frame).iloc[0].to_dict() == {

@@ -1,0 +1,34 @@
+"""Plotly figures: one function, one figure, from plain arrays and result objects.
+
+Nothing here shows anything or changes a global setting: every function returns a
+`go.Figure` in one style. Colours are safe for the colour-blind. Arguments that are
+arrays may be torch tensors or numpy arrays.
+"""
+
+from saeutils.plots.images import image_grid, reconstructions, top_images
+from saeutils.plots.maps import cosine_histogram, cosine_map, pca_map
+from saeutils.plots.scores import (
+    class_profile,
+    cumulative,
+    density,
+    dots,
+    loss_curves,
+    scorecard_table,
+)
+from saeutils.plots.style import styled
+
+__all__ = [
+    "class_profile",
+    "cosine_histogram",
+    "cosine_map",
+    "cumulative",
+    "density",
+    "dots",
+    "image_grid",
+    "loss_curves",
+    "pca_map",
+    "reconstructions",
+    "scorecard_table",
+    "styled",
+    "top_images",
+]

@@ -1,0 +1,210 @@
+"""Figures of directions: principal components and cosines, each with its null."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from saeutils.plots.style import (
+    CLASSES,
+    INK,
+    LINES,
+    NULL,
+    array,
+    colour_bar,
+    legend_below,
+    panel_titles,
+    styled,
+)
+
+
+def pca_map(
+    points: Any,
+    shares: Any,
+    classes: Any,
+    *,
+    title: str,
+    subtitle: str = "",
+    hover: Sequence[str] | None = None,
+    mark_centres: bool = True,
+) -> go.Figure:
+    """Two principal components, coloured by class.
+
+    Args:
+        points: (n, 2); shares: of the total variance, of these two components.
+        classes: (n,) label of each point; negative = none (grey).
+        title, subtitle: must say what a point IS: a latent, or an image.
+        mark_centres: write each class at the median of its points.
+    """
+    points, classes = array(points), array(classes)
+    fig = go.Figure()
+    named = [c for c in np.unique(classes) if c >= 0]
+    for c in [*named, *([-1] if (classes < 0).any() else [])]:
+        where = classes == c if c >= 0 else classes < 0
+        colour = CLASSES[named.index(c) % len(CLASSES)] if c >= 0 else NULL
+        fig.add_scatter(
+            x=points[where, 0],
+            y=points[where, 1],
+            mode="markers",
+            name=str(c) if c >= 0 else "none",
+            marker=dict(size=5, color=colour, opacity=0.65),
+            text=None if hover is None else np.asarray(hover)[where],
+            hoverinfo="name" if hover is None else "text",
+        )
+        if mark_centres and c >= 0:
+            x, y = np.median(points[where], 0)
+            fig.add_annotation(
+                x=x,
+                y=y,
+                text=f"<b>{c}</b>",
+                showarrow=False,
+                font=dict(size=15, color=INK),
+                bgcolor="rgba(255,255,255,0.75)",
+            )
+    names = [
+        f"component {i}: {100 * share:.1f} % of the variance"
+        for i, share in enumerate(array(shares)[:2], start=1)
+    ]
+    styled(fig, title, subtitle, x=names[0], y=names[1], width=680, height=560)
+    fig.update_xaxes(zeroline=False)
+    fig.update_yaxes(scaleanchor="x", zeroline=False)
+    return fig.update_layout(legend=dict(title="class"), showlegend=True)
+
+
+def cosine_map(
+    rows: Any, groups: Any, *, what: str, title: str, subtitle: str = ""
+) -> go.Figure:
+    """Cosines between all `rows` (n, d), sorted by `groups` (n,), −1 blue to 1 red.
+
+    Zero rows have no direction and are left out.
+
+    Args:
+        what: what a row IS, for both axes: "latent (decoder row), by its top class".
+    """
+    rows, groups = array(rows), array(groups)
+    alive = np.linalg.norm(rows, axis=1) > 0
+    order = np.argsort(groups[alive], kind="stable")
+    groups, unit = groups[alive][order], _unit(rows[alive][order])
+    percent = np.rint(100 * unit @ unit.T).astype(np.int8)  # a byte a cell, not eight
+    fig = go.Figure(
+        go.Heatmap(
+            z=percent,
+            zmin=-100,
+            zmax=100,
+            colorscale="RdBu_r",
+            colorbar=colour_bar(
+                "cosine",
+                tickvals=[-100, -50, 0, 50, 100],
+                ticktext=["−1", "−0.5", "0", "0.5", "1"],
+            ),
+            hovertemplate="cosine %{z} / 100<extra></extra>",
+        )
+    )
+    values, start, size = np.unique(groups, return_index=True, return_counts=True)
+    for edge in start[1:]:
+        line = dict(color=INK, width=0.6)
+        fig.add_vline(edge - 0.5, line=line).add_hline(edge - 0.5, line=line)
+    ends = [-0.5, len(unit) - 0.5]
+    axis = dict(
+        tickvals=start + size / 2 - 0.5,
+        ticktext=[str(v) for v in values],
+        showgrid=False,
+    )
+    styled(fig, title, subtitle, x=what, y=what, width=660, height=680)
+    fig.update_xaxes(**axis, range=ends, constrain="domain")
+    fig.update_yaxes(
+        **axis, range=ends[::-1], scaleanchor="x", constrain="domain", ticksuffix=" "
+    )
+    return fig
+
+
+def cosine_histogram(
+    groups: Mapping[str, Any],
+    *,
+    title: str = "Angles between decoder rows",
+    subtitle: str = "",
+    bins: int = 100,
+) -> go.Figure:
+    """Cosines of all pairs of rows, and of each row with its nearest other row.
+
+    Each panel carries its null, the density for random directions in d dimensions,
+    p(c) ∝ (1 − c²)^((d − 3) / 2); for the nearest of n − 1 of them, taken as
+    independent, (n − 1) P(c)^(n − 2) p(c) with P the integral of p.
+
+    Args:
+        groups: of each name its rows (n, d), d the same for all; zero rows are left
+            out. The null of the nearest row is drawn for the largest n.
+    """
+    units = {name: _unit(array(rows)) for name, rows in groups.items()}
+    d = next(iter(units.values())).shape[1]
+    n = max(len(unit) for unit in units.values())
+    edges = np.linspace(-1, 1, bins + 1)
+    panels = ("all pairs", "each row and the row nearest to it")
+    fig = make_subplots(1, 2, subplot_titles=panels)
+    for i, (name, unit) in enumerate(units.items()):
+        for column, counts in enumerate(_cosine_counts(unit, edges), start=1):
+            fig.add_scatter(
+                x=np.append(edges, 1.0),
+                y=np.concatenate([[0], counts / counts.sum() * bins / 2, [0]]),
+                line=dict(color=LINES[i % len(LINES)], width=2, shape="vh"),
+                mode="lines",
+                name=name,
+                legendgroup=name,
+                showlegend=column == 1,
+                row=1,
+                col=column,
+            )
+    cosines, *nulls = null_cosines(d, n)
+    for column, null in enumerate(nulls, start=1):
+        fig.add_scatter(
+            x=cosines,
+            y=null,
+            mode="lines",
+            line=dict(color=NULL, width=2, dash="dash"),
+            name=f"null: random directions in {d} dimensions",
+            legendgroup="null",
+            showlegend=column == 1,
+            row=1,
+            col=column,
+        )
+    styled(fig, title, subtitle, x="cosine", width=900, height=470)
+    fig.update_xaxes(range=[-1, 1])
+    fig.update_yaxes(title_text="density", col=1)
+    return panel_titles(legend_below(fig))
+
+
+def _cosine_counts(
+    unit: np.ndarray, edges: np.ndarray, block: int = 512
+) -> tuple[np.ndarray, np.ndarray]:
+    """Histograms of the cosines of all pairs, and of each row's nearest; in blocks."""
+    pairs, nearest = np.zeros(len(edges) - 1), np.zeros(len(edges) - 1)
+    for start in range(0, len(unit), block):
+        cosine = (unit[start : start + block] @ unit.T).clip(-1, 1)
+        own = np.arange(len(cosine))
+        cosine[own, start + own] = np.nan
+        pairs += np.histogram(cosine[~np.isnan(cosine)], edges)[0]
+        nearest += np.histogram(np.nanmax(cosine, 1), edges)[0]
+    return pairs, nearest
+
+
+def null_cosines(
+    d: int, n: int, points: int = 401
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(cosines, density for any pair, density for the nearest of n − 1) by chance."""
+    fine = np.linspace(-1, 1, 20 * (points - 1) + 1)
+    log_p = (d - 3) / 2 * np.log1p(-np.minimum(fine**2, 1 - 1e-12))
+    p = np.exp(log_p)
+    step = fine[1] - fine[0]
+    p /= p.sum() * step
+    below = np.clip(np.cumsum(p) * step, 0, 1)
+    nearest = (n - 1) * below ** (n - 2) * p
+    return fine[::20], p[::20], nearest[::20]
+
+
+def _unit(rows: np.ndarray) -> np.ndarray:
+    """The rows at length 1, without those of length 0."""
+    norm = np.linalg.norm(rows, axis=1, keepdims=True)
+    alive = norm[:, 0] > 0
+    return rows[alive] / norm[alive]

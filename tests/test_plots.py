@@ -1,0 +1,221 @@
+"""What the figures carry: the right numbers in the right place, never by position."""
+
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import plotly.io as pio
+import pytest
+import torch
+
+from saeutils import plots
+from saeutils.plots import maps
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def example(latent, values, ids, labels=None):
+    as_labels = None if labels is None else torch.tensor(labels)
+    return SimpleNamespace(
+        latent=latent,
+        values=torch.tensor(values),
+        ids=torch.tensor(ids),
+        labels=as_labels,
+    )
+
+
+def firing_density(**changes):
+    values = dict(
+        edges=np.array([-2.0, -1, 0]), counts=np.array([1, 2]), dead=1, n_rows=100
+    )
+    return SimpleNamespace(**(values | changes))
+
+
+EVERY_FIGURE = {
+    "loss": lambda: plots.loss_curves(
+        {"a": pd.DataFrame({"step": [0, 1], "loss": [1.0, 0.5]})}
+    ),
+    "table": lambda: plots.scorecard_table(
+        pd.DataFrame({"name": ["a", "b"], "FVU": [0.1, math.nan], "rows": [5, 5]})
+    ),
+    "dots": lambda: plots.dots(
+        pd.DataFrame({"name": ["a", "b"], "FVU": [0.1, 0.2]}), "FVU", title="t"
+    ),
+    "density": lambda: plots.density({"a": firing_density()}),
+    "cumulative": lambda: plots.cumulative(
+        {"a": normal(9), "none": torch.tensor([math.nan])},
+        title="t",
+        x="x",
+        limits=(-3.0, 3.0),
+        nulls=["none"],
+    ),
+    "profile": lambda: plots.class_profile(torch.eye(2), [3, 8], [5, 6]),
+    "grid": lambda: plots.image_grid(torch.zeros(2, 3, 28, 28), title="t"),
+    "top": lambda: plots.top_images(
+        [example(0, [1.0], [5])], torch.zeros(1, 28, 28, dtype=torch.uint8), [5]
+    ),
+    "strips": lambda: plots.reconstructions(
+        normal(2, 9), normal(2, 9), left=["a", "b"], right=["c", "d"], title="t"
+    ),
+    "pca": lambda: plots.pca_map(normal(9, 2), [0.2, 0.1], np.arange(9) - 1, title="t"),
+    "cosines": lambda: plots.cosine_map(normal(9, 4), range(9), what="row", title="t"),
+    "angles": lambda: plots.cosine_histogram({"a": normal(9, 4)}),
+}
+
+
+@pytest.mark.parametrize("name", EVERY_FIGURE)
+def test_every_figure_builds_has_a_title_and_leaves_global_settings_alone(name):
+    before = pio.templates.default
+    fig = EVERY_FIGURE[name]()
+    assert fig.layout.title.text
+    assert len(fig.to_json()) > 500
+    assert pio.templates.default == before
+
+
+# --- scores -------------------------------------------------------------------
+
+
+def test_density_bars_add_up_and_the_dead_stand_apart():
+    fig = plots.density({"a": firing_density()})
+    bars, dead = fig.data
+    assert bars.y.sum() + dead.y[0] == pytest.approx(100)
+    assert dead.y[0] == 25 and dead.text == ("1 dead",)
+    assert dead.x[0] < -2 - dead.width / 2
+    assert "100 rows" in fig.layout.title.subtitle.text
+
+
+def test_seeds_share_a_colour_and_one_legend_entry():
+    run = pd.DataFrame({"step": [0, 1], "loss": [1.0, 0.5]})
+    fig = plots.loss_curves({"a": [run, run], "b": run})
+    assert [t.showlegend for t in fig.data] == [True, False, True]
+    colours = [t.line.color for t in fig.data]
+    assert colours[0] == colours[1] != colours[2]
+
+
+def test_table_cells():
+    frame = pd.DataFrame(
+        {"name": ["a", "a"], "FVU": [0.12345, math.nan], "n": [1, 60000]}
+    )
+    fig = plots.scorecard_table(frame)
+    assert fig.data[0].cells["values"] == (
+        ["<b>FVU</b>", "<b>n</b>"],
+        ["0.123", "1"],
+        ["–", "60,000"],
+    )
+
+
+def test_cumulative_reaches_the_right_heights():
+    values = torch.tensor([1.0, 2, 3, 4, math.nan])
+    line, median = plots.cumulative(
+        {"a": values}, title="t", x="x", limits=(0.0, 10.0)
+    ).data
+    assert tuple(line.x) == (0, 1, 2, 3, 4, 10)
+    assert tuple(line.y) == (0, 25, 50, 75, 100, 100)
+    assert (median.x[0], median.y[0]) == (2.5, 50)
+    assert "n = 4" in line.name
+
+
+def test_class_profile_is_in_percent_and_a_dead_latent_is_empty():
+    fig = plots.class_profile([[1.0, 3], [0, 0]], [0, 1], [7, 9])
+    assert fig.data[0].z.tolist() == [[25, 75], [0, 0]]
+    assert fig.data[0].y == ("latent 7", "latent 9")
+
+
+# --- images -------------------------------------------------------------------
+
+
+def test_top_images_are_joined_by_id_and_never_filled_up():
+    """Image i is all i; the ids are in another order than the images."""
+    images = torch.arange(1, 5, dtype=torch.uint8)[:, None, None].expand(4, 28, 28)
+    ids = torch.tensor([70, 10, 99, 40])
+    chosen = [example(3, [9.0, 8], [99, 10], [1, 2]), example(4, [7.0], [40], [0])]
+    fig = plots.top_images(chosen, images, ids, n=3)
+    z = fig.data[0].z
+    pitch = z.shape[0] // 2
+    corners = [[int(z[i * pitch, j * 31]) for j in range(3)] for i in range(2)]
+    assert corners == [[3, 2, 0], [4, 0, 0]]
+    texts = [a.text for a in fig.layout.annotations]
+    assert texts == [
+        "1 · 9<br>#99",
+        "2 · 8<br>#10",
+        "0 · 7<br>#40",
+        "latent 3",
+        "latent 4",
+    ]
+
+
+def test_an_example_without_image_is_an_error():
+    with pytest.raises(ValueError, match="image 8 is not among the 1 images"):
+        plots.top_images([example(0, [1.0], [8])], torch.zeros(1, 28, 28), [5])
+
+
+def test_image_grid_keeps_every_pixel_in_its_cell():
+    images = torch.arange(2 * 3 * 4 * 5, dtype=torch.uint8).reshape(2, 3, 4, 5)
+    captions = [["x"] * 3] * 2
+    z = plots.image_grid(images, captions=captions, title="t", cell=20).data[0].z
+    pitch = z.shape[0] // 2
+    assert pitch > 4
+    for i in range(2):
+        for j in range(3):
+            got = z[i * pitch : i * pitch + 4, j * 8 : j * 8 + 5]
+            assert np.array_equal(got, images[i, j])
+
+
+def test_strips_alternate_and_are_drawn_on_one_scale():
+    x, y = torch.tensor([[0.0, 1], [2, 3]]), torch.tensor([[0.5, 1], [2, 2]])
+    heat = plots.reconstructions(x, y, left=[], right=[], title="t").data[0]
+    assert heat.z[[0, 3]].tolist() == x.tolist()
+    assert heat.z[[1, 4]].tolist() == y.tolist()
+    assert np.isnan(heat.z[2]).all() and len(heat.z) == 5
+    assert heat.zmin == 0
+    assert plots.reconstructions(-x, y, left=[], right=[], title="t").data[0].zmin < 0
+
+
+# --- directions ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("d", [3, 16, 128])
+def test_the_null_density_is_that_of_random_directions(d):
+    n = 300
+    cosines, pair, nearest = maps.null_cosines(d, n)
+    width = cosines[1] - cosines[0]
+    assert pair.sum() * width == pytest.approx(1, abs=0.02)
+    assert (cosines**2 * pair).sum() * width == pytest.approx(1 / d, rel=0.03)
+    unit = torch.nn.functional.normalize(normal(n, d), dim=1)
+    cosine = unit @ unit.T
+    cosine.fill_diagonal_(-1)
+    mean = (cosines * nearest).sum() / nearest.sum()
+    assert mean == pytest.approx(cosine.amax(1).mean().item(), abs=0.015)
+
+
+def test_cosine_counts_in_blocks_equal_the_obvious_ones():
+    unit = torch.nn.functional.normalize(normal(11, 4), dim=1).numpy()
+    edges = np.linspace(-1, 1, 21)
+    cosine = unit @ unit.T
+    other = ~np.eye(11, dtype=bool)
+    pairs = np.histogram(cosine[other], edges)[0]
+    nearest = np.histogram(np.where(other, cosine, -1).max(1), edges)[0]
+    for block in (1, 4, 100):
+        got = maps._cosine_counts(unit, edges, block)
+        assert np.array_equal(got[0], pairs) and np.array_equal(got[1], nearest)
+
+
+def test_cosine_map_is_sorted_by_group_and_leaves_out_zero_rows():
+    rows = torch.tensor([[1.0, 0], [0, 2], [0, 0], [-3, 0]])
+    fig = plots.cosine_map(rows, [1, 0, 0, 1], what="row", title="t")
+    # Order: row 1 (group 0), then rows 0 and 3 (group 1).
+    assert fig.data[0].z.tolist() == [[100, 0, 0], [0, 100, -100], [0, -100, 100]]
+    assert fig.layout.xaxis.ticktext == ("0", "1")
+    assert fig.layout.xaxis.tickvals.tolist() == [0, 1.5]
+
+
+def test_pca_map_gives_every_class_its_points_and_shows_the_shares():
+    points = normal(6, 2)
+    fig = plots.pca_map(points, [0.25, 0.125], [4, 4, 2, -1, 2, 4], title="t")
+    assert [t.name for t in fig.data] == ["2", "4", "none"]
+    assert np.array_equal(fig.data[1].x, points[[0, 1, 5], 0])
+    assert "25.0 %" in fig.layout.xaxis.title.text
+    assert "12.5 %" in fig.layout.yaxis.title.text
