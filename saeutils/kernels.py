@@ -125,7 +125,7 @@ def select_topk(pre_chunks, k: int, positive: bool = True) -> Codes:
     return _join(counts, indices, values)
 
 
-def select_above(pre_chunks, threshold: Tensor | float) -> Codes:
+def select_above(pre_chunks, threshold: Tensor | int | float) -> Codes:
     """Keep every pre-activation above `threshold` (a number, or one a latent)."""
     counts, indices, values = [], [], []
     for _, pre in pre_chunks:
@@ -144,7 +144,7 @@ def select_above(pre_chunks, threshold: Tensor | float) -> Codes:
 def select_batch_topk(
     encode: Callable[[], object],
     total: int,
-    guess: float,
+    guess: int | float,
     gather: Callable[[Tensor], Tensor] = lambda values: values,
 ) -> tuple[Codes, float]:
     """Keep the `total` largest positive pre-activations of the whole batch.
@@ -226,7 +226,7 @@ def gradients(
     codes: Codes,
     grad_values: Float[Tensor, " nnz"],
     residual: Float[Tensor, "L batch d_in"],
-    scale: float,
+    scale: int | float,
     centred: Float[Tensor, "batch d_in"],
     weights: Weights,
     widths: tuple[int, ...] = (),

@@ -37,12 +37,12 @@ class Penalty(NamedTuple):
     """What an architecture needs beside its weights."""
 
     architecture: str
-    k: float = 0
-    coefficient: float = 0.0
+    k: int | float = 0
+    coefficient: int | float = 0.0
     """λ of L1, JumpReLU and Gated."""
     widths: tuple[int, ...] = ()
     """Matryoshka's nested widths, rising, the last one d_sae."""
-    bandwidth: float = 0.05
+    bandwidth: int | float = 0.05
     """JumpReLU's rectangle."""
     pre_encoder_bias: bool = True
     low_precision: bool = False
@@ -70,7 +70,7 @@ def sparse_step(
     penalty: Penalty,
     *,
     batch: int | None = None,
-    guess: float = 0.0,
+    guess: int | float = 0.0,
     gather: Callable[[Tensor], Tensor] = lambda values: values,
     out: Weights | None = None,
 ) -> StepOutput:

@@ -34,7 +34,7 @@ def add_auxk(
     error: Float[Tensor, "batch d_in"],
     *,
     k_aux: int,
-    coefficient: float,
+    coefficient: int | float,
     batch: int,
     encoder_centred: bool = True,
 ) -> float:

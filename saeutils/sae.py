@@ -41,8 +41,8 @@ def initial_params(
     *,
     seed: int = 0,
     directions: Float[Tensor, "n d_in"] | None = None,
-    encoder_scale: float = 1.0,
-    threshold: float = 0.0,
+    encoder_scale: int | float = 1.0,
+    threshold: int | float = 0.0,
 ) -> Params:
     """Unit-norm decoder rows, encoder tied to them, biases at zero.
 
@@ -80,9 +80,9 @@ def export(
     params: Params,
     architecture: str,
     *,
-    k: float = 0,
-    input_scale: float = 1.0,
-    threshold: float | Tensor = 0.0,
+    k: int | float = 0,
+    input_scale: int | float = 1.0,
+    threshold: int | float | Tensor = 0.0,
     pre_encoder_bias: bool = True,
     metadata: dict | None = None,
 ):

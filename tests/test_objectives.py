@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from saeutils import kernels, revival
-from saeutils.objectives import Penalty, dense_step, sparse_step
 from saeutils.kernels import Weights
+from saeutils.objectives import Penalty, dense_step, sparse_step
 from saeutils.sae import initial_params
 
 SPARSE = ["topk", "batchtopk", "matryoshka", "l1", "jumprelu"]
