@@ -157,3 +157,20 @@ def test_one_address_everywhere():
     host = r"(?:github\.com|google\.com/github)/([\w.-]+/[\w-]+)"
     named = {slug for path in texts for slug in re.findall(host, path.read_text())}
     assert named == {SLUG}
+
+
+def test_the_code_in_the_readme_runs(tmp_path, monkeypatch):
+    """As it stands there, but for fewer steps and images."""
+    (block,) = re.findall(
+        r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL
+    )
+    block = block.replace("steps=3000", "steps=3")
+    block = block.replace(
+        'datasets.mnist("train")', 'datasets.mnist("test").take(slice(0, 500))'
+    )
+    assert "steps=3)" in block and "take(" in block
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(block, names)
+    assert len(names["stores"]["fc1"]) == 500
+    assert len(names["result"].history) > 0

@@ -140,6 +140,8 @@ def test_a_dead_kernel_is_a_failure_with_its_cell(ran):
     run = load(ran, "40_dies")
     assert run.failure.cell == 1 and "kernel died" in run.failure.message
     assert "os.kill" in run.failure.source
+    page = (ran / "40_dies.html").read_text()
+    assert page.count('id="failed"') == 1 and "kernel died" in page
 
 
 @pytest.mark.parametrize("name", ["10_good", "20_fails", "index"])

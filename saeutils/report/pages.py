@@ -22,14 +22,11 @@ import jinja2
 import nbformat
 from latex2mathml.converter import convert as mathml
 from nbconvert.filters import Highlight2HTML, ansi2html
-from nbconvert.filters import strip_ansi as plain
 from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 from nbconvert.preprocessors import CoalesceStreamsPreprocessor
 from pygments.formatters import HtmlFormatter
 
 from saeutils.report.execute import Run
-
-__all__ = ["index_page", "notebook_page", "pdf", "plain", "thumbnail", "write"]
 
 ASSETS = Path(__file__).parent / "assets"
 FIGURE = "application/vnd.plotly.v1+json"
@@ -60,9 +57,11 @@ BROWSERS = (
 def notebook_page(notebook: nbformat.NotebookNode, run: Run, folder: Path) -> str:
     """The page of an executed notebook; images it names lie in `folder`."""
     shown = nbformat.from_dict(notebook)
+    failed = None
+    if run.failure and run.failure.cell:
+        failed = code_cells(shown)[run.failure.cell - 1]
     shown.cells = [cell for cell in shown.cells if _wanted(cell)]
     CoalesceStreamsPreprocessor(enabled=True)(shown, {})  # progress bars: last line
-    failed = [c for c in shown.cells if any(map(_is_error, c.get("outputs", [])))]
     env = _environment()
     env.filters["markdown"] = lambda text: markdown(text, folder)
     body = env.get_template("cells.html.j2").render(cells=shown.cells, failed=failed)
@@ -76,16 +75,24 @@ def notebook_page(notebook: nbformat.NotebookNode, run: Run, folder: Path) -> st
     )
 
 
+def code_cells(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
+    """The cells a reader counts: those with code, and not the one that papermill
+    puts in, so that the count equals `In [i]`."""
+    return [
+        cell
+        for cell in notebook.cells
+        if cell.cell_type == "code"
+        and cell.source.strip()
+        and "injected-parameters" not in cell.metadata.get("tags", [])
+    ]
+
+
 def _wanted(cell: nbformat.NotebookNode) -> bool:
     """Not: empty cells, the installation on Colab, papermill's own banners."""
     tags = cell.metadata.get("tags", [])
     return bool(cell.source.strip()) and not (
         "google.colab" in cell.source or "papermill-error-cell-tag" in tags
     )
-
-
-def _is_error(output: nbformat.NotebookNode) -> bool:
-    return output.output_type == "error"
 
 
 def figure_html(figure: dict[str, Any]) -> str:

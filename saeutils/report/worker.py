@@ -16,6 +16,7 @@ from pathlib import Path
 import nbformat
 import papermill
 from nbclient.exceptions import CellTimeoutError, DeadKernelError
+from nbconvert.filters import strip_ansi
 from papermill.engines import NBClientEngine, papermill_engines
 from papermill.exceptions import PapermillExecutionError
 
@@ -34,7 +35,7 @@ class Engine(NBClientEngine):
     @classmethod
     def execute_managed_notebook(cls, nb_man, kernel_name, **options):
         start = nb_man.cell_start
-        number = {id(c): i for i, c in enumerate(code_cells(nb_man.nb), 1)}
+        number = {id(c): i for i, c in enumerate(pages.code_cells(nb_man.nb), 1)}
 
         def cell_start(cell, cell_index=None, **more):
             if id(cell) in number:
@@ -44,18 +45,6 @@ class Engine(NBClientEngine):
 
         nb_man.cell_start = cell_start
         return super().execute_managed_notebook(nb_man, kernel_name, **options)
-
-
-def code_cells(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
-    """The cells a reader counts: those with code, and not the one that papermill
-    puts in, so that the count equals `In [i]`."""
-    return [
-        cell
-        for cell in notebook.cells
-        if cell.cell_type == "code"
-        and cell.source.strip()
-        and "injected-parameters" not in cell.metadata.get("tags", [])
-    ]
 
 
 def execute(job: Job, output: Path, progress) -> Failure | None:
@@ -76,7 +65,7 @@ def execute(job: Job, output: Path, progress) -> Failure | None:
         )
     except PapermillExecutionError as error:
         message = f"{error.ename}: {error.evalue}"
-        text = pages.plain("\n".join(error.traceback))
+        text = strip_ansi("\n".join(error.traceback))
         return Failure(Engine.cell, error.source, message, text)
     except CellTimeoutError:
         message = f"the cell took longer than the {job.timeout} s allowed"
@@ -84,7 +73,7 @@ def execute(job: Job, output: Path, progress) -> Failure | None:
         message = "the kernel died (often: the machine was out of memory)"
     else:
         return None
-    cell = code_cells(nbformat.read(output, 4))[Engine.cell - 1]
+    cell = pages.code_cells(nbformat.read(output, 4))[Engine.cell - 1]
     return Failure(Engine.cell, cell.source, message, "")
 
 
@@ -121,7 +110,7 @@ def work(job: Job, progress) -> Run:
     failure = execute(job, output, progress)
     notebook = nbformat.read(output, 4)
     cpu, peak = used()
-    total = len(code_cells(notebook))
+    total = len(pages.code_cells(notebook))
     run = replace(
         run,
         seconds=time.monotonic() - begin,
