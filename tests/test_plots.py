@@ -60,8 +60,10 @@ EVERY_FIGURE = {
     "strips": lambda: plots.reconstructions(
         normal(2, 9), normal(2, 9), left=["a", "b"], right=["c", "d"], title="t"
     ),
-    "pca": lambda: plots.pca_map(normal(9, 2), [0.2, 0.1], np.arange(9) - 1, title="t"),
-    "cosines": lambda: plots.cosine_map(normal(9, 4), range(9), what="row", title="t"),
+    "pca": lambda: plots.pca_map(
+        {"row": (normal(9, 2), [0.2, 0.1], np.arange(9) - 1)}, title="t"
+    ),
+    "cosines": lambda: plots.cosine_map({"row": (normal(9, 4), range(9))}, title="t"),
     "angles": lambda: plots.cosine_histogram({"a": normal(9, 4)}),
 }
 
@@ -104,6 +106,12 @@ def test_table_cells():
         ["<b>FVU</b>", "<b>n</b>"],
         ["0.123", "1"],
         ["–", "60,000"],
+    )
+    fig = plots.scorecard_table(frame, metrics_as_rows=False)
+    assert fig.data[0].cells["values"] == (
+        ["<b>a</b>", "<b>a</b>"],
+        ["0.123", "–"],
+        ["1", "60,000"],
     )
 
 
@@ -205,17 +213,27 @@ def test_cosine_counts_in_blocks_equal_the_obvious_ones():
 
 def test_cosine_map_is_sorted_by_group_and_leaves_out_zero_rows():
     rows = torch.tensor([[1.0, 0], [0, 2], [0, 0], [-3, 0]])
-    fig = plots.cosine_map(rows, [1, 0, 0, 1], what="row", title="t")
+    panels = {"latent": (rows, [1, 0, 0, 1]), "image": (normal(5, 3), [0] * 5)}
+    fig = plots.cosine_map(panels, title="t")
     # Order: row 1 (group 0), then rows 0 and 3 (group 1).
     assert fig.data[0].z.tolist() == [[100, 0, 0], [0, 100, -100], [0, -100, 100]]
     assert fig.layout.xaxis.ticktext == ("0", "1")
     assert fig.layout.xaxis.tickvals.tolist() == [0, 1.5]
+    titles = [a.title.text for a in (fig.layout.xaxis, fig.layout.yaxis2)]
+    assert titles == ["latent", "image"]
 
 
 def test_pca_map_gives_every_class_its_points_and_shows_the_shares():
+    """A class has one colour and one legend entry in both panels."""
     points = normal(6, 2)
-    fig = plots.pca_map(points, [0.25, 0.125], [4, 4, 2, -1, 2, 4], title="t")
-    assert [t.name for t in fig.data] == ["2", "4", "none"]
+    panels = {
+        "a decoder row": (points, [0.25, 0.125], [4, 4, 2, -1, 2, 4]),
+        "a code": (normal(2, 2), [0.5, 0.5], [4, 9]),
+    }
+    fig = plots.pca_map(panels, title="t")
+    assert [t.name for t in fig.data] == ["2", "4", "none", "4", "9"]
+    assert [t.showlegend for t in fig.data] == [True, True, True, False, True]
     assert np.array_equal(fig.data[1].x, points[[0, 1, 5], 0])
+    assert fig.data[1].marker.color == fig.data[3].marker.color
     assert "25.0 %" in fig.layout.xaxis.title.text
     assert "12.5 %" in fig.layout.yaxis.title.text

@@ -1,6 +1,6 @@
 """Figures of directions: principal components and cosines, each with its null."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -21,103 +21,101 @@ from saeutils.plots.style import (
 
 
 def pca_map(
-    points: Any,
-    shares: Any,
-    classes: Any,
-    *,
-    title: str,
-    subtitle: str = "",
-    hover: Sequence[str] | None = None,
-    mark_centres: bool = True,
+    panels: Mapping[str, tuple[Any, Any, Any]], *, title: str, subtitle: str = ""
 ) -> go.Figure:
-    """Two principal components, coloured by class.
+    """Two principal components, coloured by class; one panel for each kind of point.
 
     Args:
-        points: (n, 2); shares: of the total variance, of these two components.
-        classes: (n,) label of each point; negative = none (grey).
-        title, subtitle: must say what a point IS: a latent, or an image.
-        mark_centres: write each class at the median of its points.
+        panels: what a point IS ("a decoder row: one point a latent") -> (points
+            (n, 2), share of the total variance of these two components (2,), class of
+            each point (n,), negative = none, grey).
     """
-    points, classes = array(points), array(classes)
-    fig = go.Figure()
-    named = [c for c in np.unique(classes) if c >= 0]
-    for c in [*named, *([-1] if (classes < 0).any() else [])]:
-        where = classes == c if c >= 0 else classes < 0
-        colour = CLASSES[named.index(c) % len(CLASSES)] if c >= 0 else NULL
-        fig.add_scatter(
-            x=points[where, 0],
-            y=points[where, 1],
-            mode="markers",
-            name=str(c) if c >= 0 else "none",
-            marker=dict(size=5, color=colour, opacity=0.65),
-            text=None if hover is None else np.asarray(hover)[where],
-            hoverinfo="name" if hover is None else "text",
-        )
-        if mark_centres and c >= 0:
-            x, y = np.median(points[where], 0)
-            fig.add_annotation(
-                x=x,
-                y=y,
-                text=f"<b>{c}</b>",
-                showarrow=False,
-                font=dict(size=15, color=INK),
-                bgcolor="rgba(255,255,255,0.75)",
+    classes = {name: array(panel[2]) for name, panel in panels.items()}
+    every = np.unique(np.concatenate(list(classes.values())))
+    order = [*every[every >= 0], *every[every < 0]]
+    fig = make_subplots(
+        1, len(panels), subplot_titles=list(panels), horizontal_spacing=0.12
+    )
+    shown = set()
+    for column, (what, (points, shares, _)) in enumerate(panels.items(), start=1):
+        points = array(points)
+        for i, c in enumerate(order):
+            where = classes[what] == c
+            if not where.any():
+                continue
+            name = str(c) if c >= 0 else "none"
+            fig.add_scatter(
+                x=points[where, 0],
+                y=points[where, 1],
+                mode="markers",
+                name=name,
+                legendgroup=name,
+                showlegend=name not in shown,
+                marker=dict(
+                    size=5,
+                    color=CLASSES[i % len(CLASSES)] if c >= 0 else NULL,
+                    opacity=0.65,
+                ),
+                hoverinfo="name",
+                row=1,
+                col=column,
             )
-    names = [
-        f"component {i}: {100 * share:.1f} % of the variance"
-        for i, share in enumerate(array(shares)[:2], start=1)
-    ]
-    styled(fig, title, subtitle, x=names[0], y=names[1], width=680, height=560)
+            shown.add(name)
+        for update, i in ((fig.update_xaxes, 0), (fig.update_yaxes, 1)):
+            share = 100 * float(array(shares)[i])
+            text = f"component {i + 1}: {share:.1f} % of variance"
+            update(title_text=text, row=1, col=column)
+    styled(fig, title, subtitle, width=60 + 420 * len(panels), height=540)
     fig.update_xaxes(zeroline=False)
-    fig.update_yaxes(scaleanchor="x", zeroline=False)
-    return fig.update_layout(legend=dict(title="class"), showlegend=True)
+    fig.update_yaxes(zeroline=False)
+    fig.update_layout(legend_title_text="class", showlegend=True)
+    return panel_titles(legend_below(fig))
 
 
 def cosine_map(
-    rows: Any, groups: Any, *, what: str, title: str, subtitle: str = ""
+    panels: Mapping[str, tuple[Any, Any]], *, title: str, subtitle: str = ""
 ) -> go.Figure:
-    """Cosines between all `rows` (n, d), sorted by `groups` (n,), −1 blue to 1 red.
+    """Cosines between all rows, sorted by group, −1 blue to 1 red.
 
     Zero rows have no direction and are left out.
 
     Args:
-        what: what a row IS, for both axes: "latent (decoder row), by its top class".
+        panels: what a row IS, for its axes ("latent (decoder row), by its top class")
+            -> (rows (n, d), group of each row (n,)).
     """
-    rows, groups = array(rows), array(groups)
-    alive = np.linalg.norm(rows, axis=1) > 0
-    order = np.argsort(groups[alive], kind="stable")
-    groups, unit = groups[alive][order], _unit(rows[alive][order])
-    percent = np.rint(100 * unit @ unit.T).astype(np.int8)  # a byte a cell, not eight
-    fig = go.Figure(
-        go.Heatmap(
-            z=percent,
-            zmin=-100,
-            zmax=100,
-            colorscale="RdBu_r",
-            colorbar=colour_bar(
-                "cosine",
-                tickvals=[-100, -50, 0, 50, 100],
-                ticktext=["−1", "−0.5", "0", "0.5", "1"],
-            ),
-            hovertemplate="cosine %{z} / 100<extra></extra>",
+    fig = make_subplots(1, len(panels), horizontal_spacing=0.12)
+    for column, (what, (rows, groups)) in enumerate(panels.items(), start=1):
+        rows, groups = array(rows), array(groups)
+        alive = np.linalg.norm(rows, axis=1) > 0
+        order = np.argsort(groups[alive], kind="stable")
+        groups, unit = groups[alive][order], _unit(rows[alive][order])
+        # A byte a cell, not eight characters.
+        percent = np.rint(100 * unit @ unit.T).clip(-100, 100).astype(np.int8)
+        hover = "cosine %{z} / 100<extra></extra>"
+        heat = go.Heatmap(z=percent, coloraxis="coloraxis", hovertemplate=hover)
+        fig.add_trace(heat, row=1, col=column)
+        values, start, size = np.unique(groups, return_index=True, return_counts=True)
+        for edge in start[1:] - 0.5:
+            options = dict(line=dict(color=INK, width=0.6), row=1, col=column)
+            fig.add_vline(edge, **options).add_hline(edge, **options)
+        ends = [-0.5, len(unit) - 0.5]
+        axis = dict(
+            title_text=what,
+            tickvals=start + size / 2 - 0.5,
+            ticktext=[str(v) for v in values],
+            showgrid=False,
+            zeroline=False,
         )
+        fig.update_xaxes(axis, range=ends, row=1, col=column)
+        fig.update_yaxes(axis, range=ends[::-1], ticksuffix=" ", row=1, col=column)
+    ticks = dict(
+        tickvals=[-100, -50, 0, 50, 100], ticktext=["−1", "−0.5", "0", "0.5", "1"]
     )
-    values, start, size = np.unique(groups, return_index=True, return_counts=True)
-    for edge in start[1:]:
-        line = dict(color=INK, width=0.6)
-        fig.add_vline(edge - 0.5, line=line).add_hline(edge - 0.5, line=line)
-    ends = [-0.5, len(unit) - 0.5]
-    axis = dict(
-        tickvals=start + size / 2 - 0.5,
-        ticktext=[str(v) for v in values],
-        showgrid=False,
+    scale = dict(
+        cmin=-100, cmax=100, colorscale="RdBu_r", colorbar=colour_bar("cosine", **ticks)
     )
-    styled(fig, title, subtitle, x=what, y=what, width=660, height=680)
-    fig.update_xaxes(**axis, range=ends, constrain="domain")
-    fig.update_yaxes(
-        **axis, range=ends[::-1], scaleanchor="x", constrain="domain", ticksuffix=" "
-    )
-    return fig
+    styled(fig, title, subtitle, width=120 + 400 * len(panels), height=500)
+    return fig.update_layout(coloraxis=scale)
 
 
 def cosine_histogram(

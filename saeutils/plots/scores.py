@@ -51,25 +51,41 @@ def loss_curves(
     return styled(fig, title, subtitle, x="training step", y=y_title)
 
 
-def scorecard_table(frame: Any, title: str = "Scorecard") -> go.Figure:
-    """Metrics (rows) by autoencoder (columns), from a frame that has a "name"."""
-    metrics = [column for column in frame if column != "name"]
-    rows = [[_text(value) for value in frame[metric]] for metric in metrics]
-    cells = [list(column) for column in zip(*rows, strict=True)]
+def scorecard_table(
+    frame: Any,
+    title: str = "Scorecard",
+    subtitle: str = "",
+    metrics_as_rows: bool = True,
+) -> go.Figure:
+    """A table of a frame with a column "name".
+
+    Args:
+        metrics_as_rows: one column an autoencoder; False for one row an autoencoder,
+            where there are more of them than metrics.
+    """
+    names, columns = list(frame["name"]), [c for c in frame if c != "name"]
+    cells = [[_text(value) for value in frame[column]] for column in columns]
+    if metrics_as_rows:
+        header, index = names, columns
+        cells = [list(column) for column in zip(*cells, strict=True)]
+    else:
+        header, index = columns, names
+    widest = max(map(len, index))
     align = ["left"] + ["right"] * len(cells)
-    stripes = ["white" if i % 2 else "#F2F2F2" for i in range(len(rows))]
+    stripes = ["white" if i % 2 else "#F2F2F2" for i in range(len(index))]
+    per_line = 18 if metrics_as_rows else 12
     fig = go.Figure(
         go.Table(
-            columnwidth=[1.5] + [1.0] * len(cells),
+            columnwidth=[7 * widest + 20] + [7 * per_line] * len(cells),
             header=dict(
-                values=["", *(f"<b>{name}</b>" for name in frame["name"])],
+                values=["", *(f"<b>{text}</b>" for text in header)],
                 fill_color="white",
                 line_color="white",
                 align=align,
                 height=44,
             ),
             cells=dict(
-                values=[[f"<b>{label}</b>" for label in metrics], *cells],
+                values=[[f"<b>{text}</b>" for text in index], *cells],
                 fill_color=[stripes],
                 line_color="white",
                 align=align,
@@ -77,9 +93,11 @@ def scorecard_table(frame: Any, title: str = "Scorecard") -> go.Figure:
             ),
         )
     )
-    wrapped = [max(-(-len(text) // 16) for text in row) for row in rows]
-    height = 60 + 44 + sum(30 + 15 * (lines - 1) for lines in wrapped) + 20
-    styled(fig, title, width=200 + 125 * len(cells), height=height)
+    wrapped = [max(-(-len(c[i]) // per_line) for c in cells) for i in range(len(index))]
+    longest_header = max(-(-len(text) // per_line) for text in header)
+    height = 44 + 15 * longest_header + sum(15 + 15 * lines for lines in wrapped)
+    width = 7 * widest + 40 + 7 * per_line * len(cells)
+    styled(fig, title, subtitle, width=width, height=height + (110 if subtitle else 80))
     return fig.update_layout(margin=dict(l=10, r=10, b=0), font_size=12)
 
 
