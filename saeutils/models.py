@@ -5,6 +5,7 @@ sub-module is a hook point: for an `MLP`, "fc1" is the first hidden layer AFTER 
 ReLU, "fc1.linear" the pre-activation, "head" the logits.
 """
 
+import difflib
 import math
 import time
 from collections import OrderedDict
@@ -90,12 +91,18 @@ class Evaluation(NamedTuple):
 
 
 def hook_point(model: nn.Module, name: str) -> nn.Module:
-    """The sub-module called `name`; ValueError listing the valid names if none is."""
+    """The sub-module called `name`; ValueError listing the valid names if none is.
+
+    A transformer_lens model's names for its hooks (`hook_dict`) are valid, too.
+    """
     modules = {k: m for k, m in model.named_modules() if k}
+    modules |= getattr(model, "hook_dict", {})
     if name not in modules:
+        near = difflib.get_close_matches(name, modules)
         raise ValueError(
-            f"{type(model).__name__} has no hook point {name!r}; "
-            f"it has: {', '.join(modules) or 'none'}"
+            f"{type(model).__name__} has no hook point {name!r}"
+            + (f" (did you mean {' or '.join(map(repr, near))}?)" if near else "")
+            + f"; it has: {', '.join(modules) or 'none'}"
         )
     return modules[name]
 

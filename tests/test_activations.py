@@ -92,9 +92,9 @@ def test_positions_become_rows(tmp_path):
     expected = 2 * model.embed(x).detach()
     assert torch.equal(store["pair"][:], expected.reshape(60, 4))
     records = store["pair"].provenance.to_records(index=False).tolist()
-    brute = [(i, int(x[i, 0]), p) for i in range(12) for p in range(5)]
+    brute = [(i, int(x[i, 0]), p, int(x[i, p])) for i in range(12) for p in range(5)]
     assert records == brute
-    assert [*store["pair"].provenance] == ["id", "doc", "position"]
+    assert [*store["pair"].provenance] == ["id", "doc", "position", "token"]
 
 
 @given(data=st.data())
