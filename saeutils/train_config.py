@@ -80,7 +80,7 @@ class TrainConfig:
     `saeutils.revival`), or () for nothing."""
     dead_after: int | None = None
     """Rows without firing after which a latent is dead; None: 1/20 of the run."""
-    aux_coefficient: int | float = 1 / 32
+    aux_coefficient: int | float = 1.0
     """AuxK's α."""
     k_aux: int | None = None
     """AuxK's number of latents; None: d_in // 2."""
