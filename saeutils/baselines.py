@@ -80,6 +80,13 @@ class PCA(Dictionary):
         super().__init__(vectors.flip(1)[:, :k].T.float(), moments.mean.float())
 
 
+def pca_points(rows: Rows) -> tuple[Float[Tensor, "n 2"], Float64[Tensor, " d_in"]]:
+    """Where each row lies on the two largest components; share of every component."""
+    store = as_store(rows)
+    pca = PCA(store, 2)
+    return pca.encode(store[:]), pca.variance_share
+
+
 def mean_predictor(rows: Rows) -> Dictionary:
     """Says the mean of the rows whatever it sees; nothing is explained, FVU = 1."""
     mean = _moments(rows).mean.float()
@@ -120,6 +127,19 @@ def untrained(
             square += out.square().sum().item()
         sae.scale = dot / square if square > 0 else 1.0
     return sae
+
+
+def controls(rows: Rows, d_sae: int, k: int, *, seed: int = 0) -> dict[str, Dictionary]:
+    """What an SAE of d_sae latents, k of them active, must beat; by name.
+
+    k is cut to d_in where it is larger.
+    """
+    return {
+        f"PCA, {k} components": PCA(rows, min(k, as_store(rows).d_in)),
+        f"{k} neurons": neurons(rows, min(k, as_store(rows).d_in)),
+        "untrained SAE": untrained(rows, d_sae, k, seed=seed),
+        "mean": mean_predictor(rows),
+    }
 
 
 def _moments(rows: Rows, covariance: bool = False) -> RunningMoments:

@@ -5,8 +5,9 @@ Sums over rows are float64, so a number does not depend on how the rows were bat
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import permutations
 from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from saeutils.datasets import ImageData
 from saeutils.splicing import InModel, in_model
+from saeutils.store import as_store
 from saeutils.streaming import (
     BUDGET,
     Rows,
@@ -28,6 +30,10 @@ from saeutils.streaming import (
 if TYPE_CHECKING:
     import pandas as pd
 
+KEY_COLUMNS = (
+    *("name", "FVU", "L0", "dead %", "rare %", "dense > 10 %", "init-cosine"),
+    *("Δ accuracy (points)", "CE recovered, mean-abl.", "of nats (mean)"),
+)
 RARE, DENSE, VERY_DENSE = 1e-3, 1e-2, 1e-1  # firing rates
 BIN = 0.25  # of a decade, of the density histogram
 
@@ -169,19 +175,21 @@ def scorecard(
         eval_set: what the rows are, in words ("MNIST train"); "dead" means nothing
             without it, since 10,000 rows leave far more latents silent than 60,000.
         init: W_dec as it was before training, for `init_cosine`.
-        model, hook, data: when all are given, the reconstruction is also spliced into
-            `model` at `hook` on `data`; see `in_model`.
+        model, data: when given, the reconstruction is also spliced into `model` on
+            `data`, at `hook`, which defaults to the store's; see `in_model`.
         budget: bytes of the (chunk, d_sae) codes held at a time. `encode` itself may
             need a few times as much, and so do codes that are not sparse.
 
     Raises:
-        ValueError: no rows, rows of another width, NaN, part of model/hook/data.
+        ValueError: no rows, rows of another width, NaN, a model without data or hook.
     """
-    given = [k for k, v in (("model", model), ("hook", hook), ("data", data)) if v]
-    if given and len(given) < 3:
+    hook = hook or as_store(rows).hook
+    if (model is None) != (data is None) or (model is not None and hook is None):
         raise ValueError(
-            f"got {' and '.join(given)} alone: to score in the model give all three of "
-            "model, hook and data"
+            "to score in the model, model and data are both needed, and a hook if the "
+            f"rows do not know theirs; got hook {hook!r}, "
+            f"{'no model' if model is None else 'a model'}, "
+            f"{'no data' if data is None else 'data'}"
         )
     W_dec = sae.W_dec.detach()
     d_sae, d_in = W_dec.shape
@@ -296,6 +304,14 @@ def mmcs(W_a: Float[Tensor, "a d_in"], W_b: Float[Tensor, "b d_in"]) -> float:
     Source: Sharkey, Braun and Millidge (2022).
     """
     return max_cosine(W_a, W_b).double().nanmean().item()
+
+
+def agreement(dictionaries: Sequence[Float[Tensor, "_ d_in"]]) -> float:
+    """Mean of `mmcs` over all ordered pairs, e.g. of the decoders of several seeds."""
+    pairs = list(permutations(dictionaries, 2))
+    if not pairs:
+        raise ValueError("agreement needs two dictionaries or more")
+    return sum(mmcs(a, b) for a, b in pairs) / len(pairs)
 
 
 def table(cards: Iterable[Scorecard]) -> "pd.DataFrame":

@@ -27,6 +27,13 @@ def test_pca_equals_the_singular_value_decomposition(n, k, seed):
     torch.testing.assert_close(pca.W_dec @ pca.W_dec.T, torch.eye(k))
 
 
+def test_pca_points_have_the_variance_that_their_shares_promise():
+    rows = normal(500, 5) * torch.tensor([5.0, 3, 2, 1, 0.5]) + 20
+    points, shares = baselines.pca_points(rows)
+    got = points.var(0) / rows.var(0).sum()
+    torch.testing.assert_close(got, shares[:2].float())
+
+
 def test_pca_of_no_component_is_the_mean_predictor():
     rows = normal(40, 3) + 7
     for control in (baselines.PCA(rows, 0), baselines.mean_predictor(rows)):
@@ -69,6 +76,16 @@ def test_encode_equals_the_slow_obvious_one(k, signed, seed):
         kept = sorted(range(6), key=lambda i: -abs(a[i]))[:k]
         want = [a[i] if i in kept else 0 for i in range(6)]
         assert z.tolist() == pytest.approx(want, abs=1e-5)
+
+
+def test_controls_are_all_of_them_and_the_mean_is_the_worst():
+    rows = normal(200, 6) * torch.tensor([3.0, 2, 1, 1, 1, 1])
+    controls = baselines.controls(rows, 20, 4, seed=1)
+    scores = {name: fvu(control, rows) for name, control in controls.items()}
+    assert list(scores) == ["PCA, 4 components", "4 neurons", "untrained SAE", "mean"]
+    assert max(scores, key=scores.get) == "mean"
+    assert scores["mean"] == pytest.approx(1, abs=1e-9)
+    assert baselines.controls(rows, 20, 9)["PCA, 9 components"].k == 6
 
 
 def test_bad_k_is_refused():

@@ -13,6 +13,7 @@ from torch import nn
 
 from saeutils import baselines, metrics, models, splicing
 from saeutils.baselines import Dictionary
+from saeutils.store import TensorStore
 from saeutils.streaming import RunningMoments, firings
 
 
@@ -202,6 +203,7 @@ def test_mmcs_known_answers():
     assert metrics.mmcs(a, b) == pytest.approx(0.7)
     assert metrics.mmcs(b, a) == pytest.approx((0.8 + 0) / 2)
     assert metrics.mmcs(a, a * 7) == pytest.approx(1)
+    assert metrics.agreement([a, b]) == pytest.approx((0.7 + 0.4) / 2)
 
 
 @given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 200), st.integers(0, 99))
@@ -312,9 +314,18 @@ def test_scorecard_splices_the_sae_in():
         identity(8), acts, model=model, hook="fc1", data=data, budget=4 * 16 * 10
     )
     assert got.in_model.delta_accuracy == 0
+    # A store knows its hook point.
+    store = TensorStore(acts, hook="fc1")
+    assert card(identity(8), store, model=model, data=data).in_model == got.in_model
     row = got.row()
     assert row["accuracy %"] == 100 and row["CE recovered, mean-abl."] == 1
     assert row["of nats (mean)"] == got.in_model.recovered("mean").denominator
+
+
+def model_card():
+    model, data = mlp_and_data()
+    acts = TensorStore(model.fc1(data[0]), hook="fc1")
+    return card(identity(8), acts, model=model, data=data)
 
 
 # --- tables -------------------------------------------------------------------
@@ -336,6 +347,7 @@ def test_tables():
     assert "±" in short["L1"][0] and short["FVU"][0] == "0"
     assert short["FVU"][1] == "1.00" and short["dead %"][1] == "–"
     assert short["eval set"][0] == "test rows"
+    assert set(metrics.KEY_COLUMNS) <= set(model_card().row())
     frame = pd.DataFrame({"name": ["a", "a"], "x": [1.0, 3.0], "n": [60000, 60000]})
     assert metrics.summary(frame).iloc[0].to_dict() == {
         "name": "a",
@@ -362,8 +374,13 @@ def test_bad_rows_are_refused():
 
 def test_half_given_arguments_are_refused(unchecked):
     sae, rows = identity(3), normal(5, 3)
-    with pytest.raises(ValueError, match="got hook alone"):
-        card(sae, rows, hook="fc1")
+    model, data = models.MLP((3,), d_in=6), (normal(2, 6), torch.zeros(2).long())
+    with pytest.raises(ValueError, match="got hook None, a model, data"):
+        card(sae, rows, model=model, data=data)
+    with pytest.raises(ValueError, match="got hook 'fc1', a model, no data"):
+        card(sae, rows, hook="fc1", model=model)
+    with pytest.raises(ValueError, match="two dictionaries or more"):
+        metrics.agreement([normal(2, 3)])
     with pytest.raises(ValueError, match=r"init has shape \(2, 3\)"):
         card(sae, rows, init=torch.eye(3)[:2])
     with pytest.raises(ValueError, match="4 and 3 dimensions"):

@@ -27,6 +27,13 @@ def example(latent, values, ids, labels=None):
     )
 
 
+def pictures(images, ids):
+    return SimpleNamespace(images=images, ids=torch.tensor(ids))
+
+
+SAID = dict(names=["a", "b"], before=torch.eye(2), after=torch.eye(2), title="t")
+
+
 def firing_density(**changes):
     values = dict(
         edges=np.array([-2.0, -1, 0]), counts=np.array([1, 2]), dead=1, n_rows=100
@@ -36,7 +43,7 @@ def firing_density(**changes):
 
 EVERY_FIGURE = {
     "loss": lambda: plots.loss_curves(
-        {"a": pd.DataFrame({"step": [0, 1], "loss": [1.0, 0.5]})}
+        {"a": pd.DataFrame({"step": [0, 1], "fvu": [1.0, 0.5]})}
     ),
     "table": lambda: plots.scorecard_table(
         pd.DataFrame({"name": ["a", "b"], "FVU": [0.1, math.nan], "rows": [5, 5]})
@@ -55,11 +62,9 @@ EVERY_FIGURE = {
     "profile": lambda: plots.class_profile(torch.eye(2), [3, 8], [5, 6]),
     "grid": lambda: plots.image_grid(torch.zeros(2, 3, 28, 28), title="t"),
     "top": lambda: plots.top_images(
-        [example(0, [1.0], [5])], torch.zeros(1, 28, 28, dtype=torch.uint8), [5]
+        [example(0, [1.0], [5])], pictures(torch.zeros(1, 28, 28), [5])
     ),
-    "strips": lambda: plots.reconstructions(
-        normal(2, 9), normal(2, 9), left=["a", "b"], right=["c", "d"], title="t"
-    ),
+    "strips": lambda: plots.reconstructions(normal(2, 9), normal(2, 9), **SAID),
     "pca": lambda: plots.pca_map(
         {"row": (normal(9, 2), [0.2, 0.1], np.arange(9) - 1)}, title="t"
     ),
@@ -90,7 +95,7 @@ def test_density_bars_add_up_and_the_dead_stand_apart():
 
 
 def test_seeds_share_a_colour_and_one_legend_entry():
-    run = pd.DataFrame({"step": [0, 1], "loss": [1.0, 0.5]})
+    run = pd.DataFrame({"step": [0, 1], "fvu": [1.0, 0.5]})
     fig = plots.loss_curves({"a": [run, run], "b": run})
     assert [t.showlegend for t in fig.data] == [True, False, True]
     colours = [t.line.color for t in fig.data]
@@ -138,9 +143,8 @@ def test_class_profile_is_in_percent_and_a_dead_latent_is_empty():
 def test_top_images_are_joined_by_id_and_never_filled_up():
     """Image i is all i; the ids are in another order than the images."""
     images = torch.arange(1, 5, dtype=torch.uint8)[:, None, None].expand(4, 28, 28)
-    ids = torch.tensor([70, 10, 99, 40])
     chosen = [example(3, [9.0, 8], [99, 10], [1, 2]), example(4, [7.0], [40], [0])]
-    fig = plots.top_images(chosen, images, ids, n=3)
+    fig = plots.top_images(chosen, pictures(images, [70, 10, 99, 40]), n=3)
     z = fig.data[0].z
     pitch = z.shape[0] // 2
     corners = [[int(z[i * pitch, j * 31]) for j in range(3)] for i in range(2)]
@@ -157,7 +161,9 @@ def test_top_images_are_joined_by_id_and_never_filled_up():
 
 def test_an_example_without_image_is_an_error():
     with pytest.raises(ValueError, match="image 8 is not among the 1 images"):
-        plots.top_images([example(0, [1.0], [8])], torch.zeros(1, 28, 28), [5])
+        plots.top_images(
+            [example(0, [1.0], [8])], pictures(torch.zeros(1, 28, 28), [5])
+        )
 
 
 def test_image_grid_keeps_every_pixel_in_its_cell():
@@ -174,12 +180,15 @@ def test_image_grid_keeps_every_pixel_in_its_cell():
 
 def test_strips_alternate_and_are_drawn_on_one_scale():
     x, y = torch.tensor([[0.0, 1], [2, 3]]), torch.tensor([[0.5, 1], [2, 2]])
-    heat = plots.reconstructions(x, y, left=[], right=[], title="t").data[0]
+    fig = plots.reconstructions(x, y, **SAID | {"after": torch.eye(2).flip(1)})
+    heat = fig.data[0]
     assert heat.z[[0, 3]].tolist() == x.tolist()
     assert heat.z[[1, 4]].tolist() == y.tolist()
     assert np.isnan(heat.z[2]).all() and len(heat.z) == 5
     assert heat.zmin == 0
-    assert plots.reconstructions(-x, y, left=[], right=[], title="t").data[0].zmin < 0
+    texts = [a.text for a in fig.layout.annotations]
+    assert texts[:3] == ["a", "b", "says 0 (100.0%)<br>then 1 (100.0%)"]
+    assert plots.reconstructions(-x, y, **SAID).data[0].zmin < 0
 
 
 # --- directions ---------------------------------------------------------------

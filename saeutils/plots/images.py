@@ -92,8 +92,7 @@ def _lines(texts: Any) -> int:
 
 def top_images(
     examples: Sequence[Any],
-    images: Any,
-    ids: Any,
+    data: Any,
     *,
     n: int = 10,
     row_titles: Sequence[str] = (),
@@ -105,12 +104,13 @@ def top_images(
     Args:
         examples: of each latent `latent`, `values`, `ids`, `labels`
             (`examples.Examples`).
-        images, ids: all images (m, h, w) and their ids; joined by id.
+        data: the images (m, h, w) as `data.images`, and their ids (m,) as `data.ids`
+            (`datasets.ImageData`); examples and images are joined by id.
 
     Raises:
-        ValueError: an example whose id is not among `ids`.
+        ValueError: an example whose id is not among the data's.
     """
-    images, ids = array(images), array(ids)
+    images, ids = array(data.images), array(data.ids)
     position = {int(item): i for i, item in enumerate(ids)}
     grid = np.zeros((len(examples), n, *images.shape[1:]), images.dtype)
     captions = []
@@ -130,7 +130,12 @@ def top_images(
         captions.append([f"{text}<br>#{item}" for text, item in pairs])
     titles = row_titles or [f"latent {e.latent}" for e in examples]
     return image_grid(
-        grid, captions=captions, row_titles=titles, title=title, subtitle=subtitle
+        grid,
+        captions=captions,
+        row_titles=titles,
+        title=title,
+        subtitle=subtitle,
+        cell=56,
     )
 
 
@@ -138,8 +143,9 @@ def reconstructions(
     original: Any,
     reconstructed: Any,
     *,
-    left: Sequence[str],
-    right: Sequence[str],
+    names: Sequence[str],
+    before: Any,
+    after: Any,
     title: str,
     subtitle: str = "Upper strip: the activations; lower strip: their reconstruction",
     x: str = "neuron",
@@ -148,7 +154,9 @@ def reconstructions(
 
     Args:
         original, reconstructed: (n, d), at most a dozen rows.
-        left, right: text beside each pair, e.g. the label, and what the model says.
+        names: text at the left of each pair, e.g. the label and the id.
+        before, after: (n, classes) probabilities that the model gives, with the
+            activations and with their reconstruction; said at the right.
     """
     original, reconstructed = array(original), array(reconstructed)
     n, d = original.shape
@@ -168,7 +176,11 @@ def reconstructions(
             hovertemplate=f"{x} %{{x}}: %{{z:.2f}}<extra></extra>",
         )
     )
-    for side, texts in ((0, left), (1, right)):
+    says = [
+        f"says {p.argmax()} ({p.max():.1%})<br>then {q.argmax()} ({q.max():.1%})"
+        for p, q in zip(array(before), array(after), strict=True)
+    ]
+    for side, texts in ((0, names), (1, says)):
         for i, text in enumerate(texts):
             fig.add_annotation(
                 x=side,
@@ -183,5 +195,5 @@ def reconstructions(
             )
     fig.update_yaxes(visible=False, autorange="reversed")
     fig.update_xaxes(showgrid=False)
-    styled(fig, title, subtitle, x=x, width=940, height=150 + 44 * n)
-    return fig.update_layout(margin=dict(l=90, r=290))
+    styled(fig, title, subtitle, x=x, width=820, height=150 + 44 * n)
+    return fig.update_layout(margin=dict(l=90, r=190))

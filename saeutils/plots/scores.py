@@ -22,8 +22,8 @@ from saeutils.plots.style import (
 def loss_curves(
     histories: Mapping[str, Any],
     *,
-    y: str = "loss",
-    y_title: str = "loss",
+    y: str = "fvu",
+    y_title: str = "FVU of the batch",
     title: str = "Training",
     subtitle: str = "",
     log_y: bool = True,
@@ -45,7 +45,7 @@ def loss_curves(
                 line=dict(color=LINES[i % len(LINES)], width=1.8),
                 opacity=1 if j == 0 else 0.55,
             )
-    fig.update_layout(showlegend=True)
+    fig.update_layout(showlegend=len(histories) > 1)
     if log_y:
         fig.update_yaxes(type="log", dtick="D2")
     return styled(fig, title, subtitle, x="training step", y=y_title)
