@@ -25,6 +25,9 @@
         responsive: true, displaylogo: false, staticPlot: print,
       });
       if (frames) await Plotly.addFrames(box, frames);
+      // Paper does not scroll: a figure wider than the page is made smaller.
+      const room = box.parentElement.clientWidth;
+      if (print && layout.width > room) box.style.zoom = room / layout.width;
       return;
     }
     // A thumbnail is the figure without its words, made small.
