@@ -14,7 +14,7 @@ endif
 RUN = $(PY) -m saeutils.report $(if $(PRESET),--preset $(PRESET)) \
       $(if $(JOBS),--jobs $(JOBS)) $(if $(TIMEOUT),--timeout $(TIMEOUT))
 
-.PHONY: help notebooks report thumbnails test lab lint format lock clean venv moved
+.PHONY: help notebooks report thumbnails test lab lint format lock clean venv moved bench bench-env
 
 help:
 	@echo 'make notebooks            run every notebook, write reports/index.html'
@@ -26,6 +26,9 @@ help:
 	@echo 'make lab                  JupyterLab in the same environment'
 	@echo 'make lint, make format    ruff and nbstripout: check, or mend'
 	@echo 'make lock                 pin anew what pyproject.toml asks for'
+	@echo 'make bench               speed, memory and quality against other libraries'
+	@echo '     ARGS=training        one of benchmarks/*.py, with its options'
+	@echo 'make bench-env           the libraries that need an environment of their own'
 	@echo 'make clean                remove the environment and caches, nothing else'
 	@echo 'PYTHON=/path/to/python3.12 chooses the Python for .venv'
 
@@ -55,9 +58,22 @@ format: $(STAMP)
 	@$(PY) -m ruff format
 	@$(PY) -m nbstripout --keep-id notebooks/*.ipynb
 
+bench: $(STAMP)
+	@set -- $(or $(ARGS),training quality); \
+	case "$$2" in ''|[a-z]*) for b; do $(PY) benchmarks/$$b.py || exit 1; done;; \
+	  *) b="$$1"; shift; $(PY) benchmarks/$$b.py "$$@";; esac
+
+# Peers that cannot share .venv; benchmarks leave them out where this was not made.
+bench-env: $(STAMP)
+	@$(PY) -m venv --clear .venv-bench
+	@torch="$$(grep '^torch==' requirements.lock)"; \
+	pip() { .venv-bench/bin/python -m pip --quiet --disable-pip-version-check "$$@"; }; \
+	pip install "$$torch" && pip install "$$torch" eai-sparsify==1.3.3 dictionary-learning==0.1.0 \
+	  && pip uninstall --yes torchvision
+
 # What a user made (notebooks, reports, runs, stores) stays.
 clean:
-	@rm -rf $(VENV) saeutils.egg-info build .pytest_cache .ruff_cache .hypothesis
+	@rm -rf $(VENV) .venv-bench saeutils.egg-info build .pytest_cache .ruff_cache .hypothesis
 	@find saeutils tests notebooks benchmarks -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
 	@echo 'Removed .venv and caches. Notebooks, reports/ and runs/ were left alone.'
 

@@ -1,0 +1,192 @@
+"""Writing and reading activations: this store beside sae_lens' cached activations.
+
+    python benchmarks/store.py            # about two minutes on two cores
+    python benchmarks/store.py --rows 1000000 --rounds 9
+
+The same model, tokens and rows for all, in one process, one thread, interleaved;
+medians over the rounds. Writing: the bare forward pass is timed too and subtracted.
+Reading: rows d = 256 float32 in batches of 4096, from the page cache.
+"""
+
+import argparse
+import logging
+import shutil
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from saeutils.activations import save_activations
+from saeutils.store import ActivationStore
+
+D, CONTEXT, VOCABULARY, BATCH = 256, 128, 1000, 4096
+HOOK = "blocks.1.hook_resid_post"
+
+
+def interleaved(rounds: int, **tasks: Callable[[], None]) -> dict[str, float]:
+    """Median seconds of each task, after one round to warm up."""
+    seconds = {name: [] for name in tasks}
+    for round_ in range(rounds + 1):
+        for name, task in tasks.items():
+            began = time.perf_counter()
+            task()
+            if round_:
+                seconds[name].append(time.perf_counter() - began)
+    return {name: median(values) for name, values in seconds.items()}
+
+
+def small_transformer() -> torch.nn.Module:
+    from transformer_lens import HookedTransformer, HookedTransformerConfig
+
+    return HookedTransformer(
+        HookedTransformerConfig(
+            n_layers=2,
+            d_model=D,
+            n_ctx=CONTEXT,
+            d_head=64,
+            n_heads=4,
+            act_fn="gelu",
+            d_vocab=VOCABULARY,
+            device="cpu",
+            seed=0,
+        )
+    )
+
+
+def peer_runner(model: torch.nn.Module, tokens: torch.Tensor, path: Path, batch: int):
+    """sae_lens' CacheActivationsRunner on our model and tokens, with no download."""
+    import sae_lens.cache_activations_runner as module
+    from datasets import Dataset
+    from sae_lens import CacheActivationsRunnerConfig
+
+    module.load_model = lambda **_: model
+    config = CacheActivationsRunnerConfig(
+        dataset_path="",
+        model_name="",
+        model_batch_size=batch,
+        hook_name=HOOK,
+        d_in=D,
+        training_tokens=tokens.numel(),
+        context_size=CONTEXT,
+        new_cached_activations_path=str(path),
+        shuffle=False,
+        device="cpu",
+        buffer_size_gb=0.25,
+        prepend_bos=False,
+        streaming=False,
+    )
+    rows = {"tokens": tokens.numpy()}
+    dataset = Dataset.from_dict(rows).with_format("torch")
+    return module.CacheActivationsRunner(config, override_dataset=dataset), config
+
+
+def writing(model: torch.nn.Module, n: int, batch: int, rounds: int, at: Path) -> None:
+    tokens = torch.randint(VOCABULARY, (n, CONTEXT))
+
+    def forward() -> None:
+        with torch.no_grad():
+            for start in range(0, n, batch):
+                part = tokens[start : start + batch]
+                model.run_with_hooks(part, stop_at_layer=2, fwd_hooks=[])
+
+    def ours() -> None:
+        shutil.rmtree(at / "ours", ignore_errors=True)
+        save_activations(
+            model, tokens, HOOK, at / "ours", batch_size=batch, progress=False
+        )
+
+    def peer() -> None:
+        shutil.rmtree(at / "peer", ignore_errors=True)
+        peer_runner(model, tokens, at / "peer", batch)[0].run()
+
+    seconds = interleaved(rounds, forward=forward, ours=ours, peer=peer)
+    bare, gigabytes = seconds["forward"], n * CONTEXT * D * 4 / 1e9
+    print(f"\nWriting {n * CONTEXT:,} rows, {gigabytes:.2f} GB, batches of {batch}")
+    for name, total in seconds.items():
+        beyond = total - bare
+        print(
+            f"  {name:8} {total:6.2f} s"
+            + (
+                f", beyond the forward pass {beyond:5.2f} s ({beyond / bare:5.1%}), "
+                f"{gigabytes / beyond:5.2f} GB/s"
+                if name != "forward"
+                else ""
+            )
+        )
+    ratio = (seconds["peer"] - bare) / (seconds["ours"] - bare)
+    print(f"  ours writes {ratio:.1f} × as fast")
+
+
+def reading(model: torch.nn.Module, n: int, rounds: int, at: Path) -> None:
+    from sae_lens import ActivationsStore
+
+    tokens = torch.randint(VOCABULARY, (n, CONTEXT))
+    ours = save_activations(model, tokens, HOOK, at / "read", progress=False)[HOOK]
+    runner, config = peer_runner(model, tokens, at / "peer-read", 32)
+    runner.run()
+    steps = len(ours) // BATCH
+
+    def shuffled(workers: int, shuffle: str = "full") -> Callable[[], None]:
+        def read() -> None:
+            store = ActivationStore.open(at / "read")
+            for rows, _ in store.batches(
+                BATCH, steps=steps, workers=workers, shuffle=shuffle
+            ):
+                assert len(rows) == BATCH
+
+        return read
+
+    def in_order() -> None:
+        for rows, _ in ours.chunks(BATCH):
+            assert rows.shape[1] == D
+
+    def peer_mixed() -> None:
+        store = ActivationsStore.from_cache_activations(model, config)
+        store.train_batch_size_tokens = BATCH
+        for _ in range(steps):
+            assert len(store.next_batch()) == BATCH
+
+    def peer_in_order() -> None:
+        store = ActivationsStore.from_cache_activations(model, config)
+        for _ in range(n // 32):
+            assert len(store.get_raw_llm_batch()[0]) == 32 * CONTEXT
+
+    seconds = interleaved(
+        rounds,
+        **{
+            "ours, full shuffle, no thread": shuffled(0),
+            "ours, full shuffle, 1 thread": shuffled(1),
+            "ours, in order": in_order,
+            "sae_lens, mixing buffer": peer_mixed,
+            "sae_lens, in order": peer_in_order,
+        },
+    )
+    gigabytes = n * CONTEXT * D * 4 / 1e9
+    slowest = seconds["sae_lens, mixing buffer"]
+    print(f"\nReading {n * CONTEXT:,} rows, {gigabytes:.2f} GB")
+    for name, total in seconds.items():
+        print(f"  {name:30} {gigabytes / total:5.2f} GB/s, {slowest / total:5.1f} ×")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", type=int, default=200_000)
+    parser.add_argument("--batch", type=int, default=32, help="texts in a forward pass")
+    parser.add_argument("--rounds", type=int, default=3)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    model = small_transformer()
+    n = arguments.rows // CONTEXT // 32 * 32
+    with tempfile.TemporaryDirectory() as folder:
+        reading(model, n, arguments.rounds, Path(folder))
+        writing(model, n, arguments.batch, arguments.rounds, Path(folder))
+
+
+if __name__ == "__main__":
+    main()
