@@ -13,6 +13,7 @@ FVU is measured on held-out rows, by one function, with L0 = k for both (TopK).
 """
 
 import argparse
+import os
 import statistics
 import sys
 import sysconfig
@@ -24,7 +25,7 @@ from torch import Tensor
 from saeutils import datasets, metrics, models
 from saeutils.training import TrainConfig, train
 
-STEPS, BATCH, D_SAE = 2000, 512, 1024
+STEPS, BATCH, D_SAE = 1500, 512, 1024
 
 
 def mnist() -> tuple[Tensor, Tensor, int]:
@@ -138,10 +139,11 @@ def main() -> None:
         "--tasks", nargs="*", default=["mnist", "language", "synthetic"]
     )
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--lrs", nargs="*", type=float, default=[1e-3, 4e-3])
+    parser.add_argument("--lrs", nargs="*", type=float, default=[4e-3])
     parser.add_argument("--steps", type=int, default=STEPS)
     args = parser.parse_args()
     torch.set_num_threads(1)
+    os.environ["TQDM_DISABLE"] = "1"
     print(f"{args.steps} steps of {BATCH} rows; FVU on held-out rows, each seed")
     print("task          lr  trainer    FVU" + " " * 29 + "mean   dead %  ours/theirs")
     for task in args.tasks:

@@ -3,7 +3,8 @@
     run.json                 config, data fingerprint, versions; written first
     checkpoint.safetensors   all that the next step depends on; replaced atomically
     history.parquet          loss curves          ┐
-    sae/                     the finished SAE     ┘ written at the end
+    sae/                     the finished SAE     │ written at the end
+    scorecard.json           with `eval_rows`     ┘
 
 A run is bound to its config and its data: a folder that belongs to others is refused.
 """
@@ -12,6 +13,7 @@ import json
 import os
 import platform
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -96,9 +98,31 @@ class Run:
         """Write history and SAE; those of an earlier, interrupted end are replaced."""
         result.history.to_parquet(self.path / "history.parquet.new")
         os.replace(self.path / "history.parquet.new", self.path / "history.parquet")
+        if result.held_out:
+            card = json.dumps(result.scorecard.row(), indent=1)
+            _write(self.path / "scorecard.json", card.encode())
         if (self.path / "sae").exists():
             shutil.rmtree(self.path / "sae")
         sae_format.save(result.sae, self.path / "sae")
+
+
+def tensorboard(path: str | Path) -> Callable[[dict], None]:
+    """A `callback` of `train` that writes each row of the history for TensorBoard.
+
+    Weights & Biases needs no helper: `callback=wandb.log`.
+    """
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(str(path))
+
+    def callback(row: dict) -> None:
+        for name, value in row.items():
+            if name not in ("step", "run"):
+                tag = f"{row['run']}/{name}" if "run" in row else name
+                writer.add_scalar(tag, value, row["step"])
+        writer.flush()
+
+    return callback
 
 
 def versions() -> dict[str, str]:

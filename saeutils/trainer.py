@@ -269,6 +269,12 @@ class Trainer:
                 f"step {self.done}: L0 is {row['l0']:.3g} and no latent "
                 "tells rows apart: the codes have collapsed (sparsity too high?)",
             )
+        if 2 * row["dead"] > self.config.d_sae:
+            self._warn(
+                "dead",
+                f"step {self.done}: {row['dead']} of {self.config.d_sae} latents have "
+                f"not fired on the last {self.dead_after:,} rows",
+            )
         return row
 
     def _warn(self, kind: str, message: str) -> None:

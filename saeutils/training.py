@@ -47,6 +47,11 @@ class TrainResult:
     _rows: Any = field(repr=False, default=None)
     _eval_rows: Any = field(repr=False, default=None)
 
+    @property
+    def held_out(self) -> bool:
+        """Whether `scorecard` is on `eval_rows`."""
+        return self._eval_rows is not None
+
     @cached_property
     def W_dec_init(self) -> Float[Tensor, "d_sae d_in"]:
         """The decoder before the first step, made again from the seed."""
@@ -57,12 +62,11 @@ class TrainResult:
         """`metrics.scorecard` on `eval_rows`, or on the training rows if none."""
         from saeutils import metrics
 
-        held_out = self._eval_rows is not None
         return metrics.scorecard(
             self.sae,
-            self._eval_rows if held_out else self._rows,
+            self._eval_rows if self.held_out else self._rows,
             init=self.W_dec_init,
-            eval_set="held-out rows" if held_out else "training rows",
+            eval_set="held-out rows" if self.held_out else "training rows",
         )
 
 
