@@ -13,7 +13,8 @@ FVU is measured on held-out rows, by one function, with L0 = k for both (TopK).
 """
 
 import argparse
-import os
+import contextlib
+import io
 import statistics
 import sys
 import sysconfig
@@ -117,7 +118,8 @@ def train_sae_lens(rows: Tensor, k: int, lr: float, seed: int, steps: int):
             normalize_activations="expected_average_only_in",
         )
     )  # fmt: skip
-    return SAETrainer(config, sae, batches()).fit().eval()
+    with contextlib.redirect_stderr(io.StringIO()):  # its progress bar
+        return SAETrainer(config, sae, batches()).fit().eval()
 
 
 def train_ours(rows: Tensor, k: int, lr: float, seed: int, steps: int):
@@ -143,7 +145,6 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=STEPS)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    os.environ["TQDM_DISABLE"] = "1"
     print(f"{args.steps} steps of {BATCH} rows; FVU on held-out rows, each seed")
     print("task          lr  trainer    FVU" + " " * 29 + "mean   dead %  ours/theirs")
     for task in args.tasks:
