@@ -33,7 +33,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-CHUNK_BYTES = 8 * 2**20  # of pre-activations alive at once
+CHUNK_BYTES = 8 * 2**20  # of pre-activations alive at once: what caches like
+GPU_CHUNK_BYTES = 2**28  # … and what keeps a GPU busy
 
 
 class Codes(NamedTuple):
@@ -90,8 +91,8 @@ def encode_chunks(
     `low_precision` multiplies in bfloat16 and returns the dtype of `centred`.
     """
     batch, d_sae = len(centred), len(W_enc_T)
-    size = max(1, CHUNK_BYTES // (d_sae * centred.element_size()))
-    size = min(batch, max(64, size) if centred.device.type == "cpu" else batch)
+    budget = CHUNK_BYTES if centred.device.type == "cpu" else GPU_CHUNK_BYTES
+    size = min(batch, max(64, budget // (d_sae * centred.element_size())))
     out = centred.new_empty(size, d_sae)
     if low_precision:
         centred, W_enc_T = centred.bfloat16(), W_enc_T.bfloat16()

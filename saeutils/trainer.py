@@ -26,15 +26,17 @@ SPARSE_BELOW = 1 / 16  # density of latents under which the sparse step pays
 def start_values(store, config: TrainConfig) -> tuple[Params, dict, Tensor]:
     """Start values, facts about the data, and the (scaled) rows these came from."""
     n = min(len(store), INIT_ROWS)
-    sample = next(
-        iter(store.batches(n, seed=config.data_seed, shuffle="full", steps=1))
-    ).rows
-    sample = sample.to(config.device)
-    norm = float(sample.norm(dim=1).double().mean())
-    if not norm > 0 or norm == float("inf"):
+    first = next(iter(store.batches(n, seed=config.data_seed, steps=1)))
+    bad = first.index[~first.rows.isfinite().all(1)]
+    if len(bad):
         raise ValueError(
-            f"the mean norm of {n} rows is {norm}: rows must be finite and not all zero"
+            f"rows {bad[:5].tolist()} of the data hold NaN or Inf ({len(bad):,} of "
+            f"{n:,} rows looked at): leave them out"
         )
+    sample = first.rows.to(config.device)
+    norm = float(sample.norm(dim=1).double().mean())
+    if not norm > 0:
+        raise ValueError(f"the {n:,} rows looked at are all zero")
     scale = store.d_in**0.5 / norm if config.input_scale == "sqrt_d" else 1.0
     sample = sample * scale
     mean = sample.mean(0)
@@ -53,6 +55,7 @@ def start_values(store, config: TrainConfig) -> tuple[Params, dict, Tensor]:
         centre,
         seed=config.seed,
         directions=directions,
+        tied=config.encoder_init == "tied",
         encoder_scale=config.encoder_scale,
         threshold=config.threshold,
     )

@@ -285,6 +285,10 @@ def test_bad_rows_are_refused(rows, tmp_path):
         train(rows, config(), eval_rows=rows[:, :8], path=path, progress=False)
     with pytest.raises(ValueError, match="all zero"):
         train(rows * 0, config(), path=path, progress=False)
+    spoilt = rows.clone()
+    spoilt[123, 4] = float("nan")
+    with pytest.raises(ValueError, match=r"rows \[123\] .* NaN"):
+        train(spoilt, config(), path=path, progress=False)
     assert not path.exists()
 
 
@@ -388,3 +392,12 @@ def test_many_dead_latents_speak_up(rows):
     with pytest.warns(UserWarning, match="of 512 latents have not fired"):
         result = train(rows, config(**changes), progress=False)
     assert [m["kind"] for m in result.info["messages"]] == ["dead"]
+
+
+def test_a_bad_row_among_many_is_named_when_it_is_met(rows, monkeypatch):
+    monkeypatch.setattr(trainer, "INIT_ROWS", 10)
+    spoilt = rows.clone()
+    order = next(training.as_store(rows).batches(2000, steps=1)).index
+    spoilt[order[1000], 4] = float("inf")
+    with pytest.raises(FloatingPointError, match=rf"step 15 .*rows \[{order[1000]}\]"):
+        train(spoilt, config(), progress=False)
