@@ -41,10 +41,11 @@ def initial_params(
     *,
     seed: int = 0,
     directions: Float[Tensor, "n d_in"] | None = None,
+    tied: bool = True,
     encoder_scale: int | float = 1.0,
     threshold: int | float = 0.0,
 ) -> Params:
-    """Unit-norm decoder rows, encoder tied to them, biases at zero.
+    """Unit-norm decoder rows, encoder tied to them (or not), biases at zero.
 
     Args:
         b_dec: start value of the decoder bias, e.g. the data's mean.
@@ -52,7 +53,9 @@ def initial_params(
             the same on every device.
         directions: take decoder rows from these vectors (data-point
             initialisation) as far as they reach, Gaussian for the rest.
-        encoder_scale: W_enc = encoder_scale · W_decᵀ.
+        tied: W_enc = encoder_scale · W_decᵀ; else Gaussian directions of its own,
+            as long. The decoder is the same in both cases.
+        encoder_scale: length of the encoder's vectors.
         threshold: JumpReLU's start threshold.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -61,9 +64,13 @@ def initial_params(
         n = min(d_sae, len(directions))
         W_dec[:n] = directions[:n].to(W_dec)
     W_dec = torch.nn.functional.normalize(W_dec, dim=1).to(b_dec)
+    W_enc_T = W_dec
+    if not tied:
+        W_enc_T = torch.randn(d_sae, len(b_dec), generator=generator).to(b_dec)
+        W_enc_T = torch.nn.functional.normalize(W_enc_T, dim=1)
     zeros = W_dec.new_zeros(d_sae)
     params = {
-        "W_enc_T": encoder_scale * W_dec,
+        "W_enc_T": encoder_scale * W_enc_T,
         "b_enc": zeros.clone(),
         "W_dec": W_dec.clone(),
         "b_dec": b_dec.clone(),

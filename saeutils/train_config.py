@@ -10,6 +10,7 @@ _OPTIONS = {
     "input_scale": ("sqrt_d", "none"),
     "b_dec_init": ("mean", "median", "zero"),
     "decoder_init": ("random", "data"),
+    "encoder_init": ("tied", "random"),
     "revival": ("auxk", "ghost", "resample"),
     "encoder_dtype": ("float32", "bfloat16"),
 }
@@ -66,8 +67,11 @@ class TrainConfig:
     is in `info`)."""
     decoder_init: str = "random"
     """random or data: Gaussian directions, or those of centred rows."""
+    encoder_init: str = "tied"
+    """tied or random: W_enc starts as W_decᵀ, or with Gaussian directions of its
+    own."""
     encoder_scale: int | float = 1.0
-    """W_enc starts as encoder_scale · W_decᵀ."""
+    """Length of W_enc's start vectors."""
     pre_encoder_bias: bool = True
     """The encoder sees x − b_dec."""
     unit_norm_decoder: bool = True

@@ -56,6 +56,7 @@ def start_values(store, config: TrainConfig) -> tuple[Params, dict, Tensor]:
         seed=config.seed,
         directions=directions,
         tied=config.encoder_init == "tied",
+        tied=config.encoder_init == "tied",
         encoder_scale=config.encoder_scale,
         threshold=config.threshold,
     )

@@ -94,3 +94,14 @@ def test_start_values_do_not_depend_on_anything_but_the_seed():
     rows = torch.randn(4, 8)
     d = initial_params("topk", 30, torch.zeros(8), seed=5, directions=rows)
     assert torch.allclose(d["W_dec"][:4], torch.nn.functional.normalize(rows, dim=1))
+
+
+def test_an_encoder_that_is_not_tied_leaves_the_decoder_as_it_was():
+    zeros = torch.zeros(64)
+    tied = initial_params("topk", 200, zeros, seed=5, encoder_scale=0.5)
+    own = initial_params("topk", 200, zeros, seed=5, encoder_scale=0.5, tied=False)
+    assert torch.equal(tied["W_dec"], own["W_dec"])
+    assert torch.allclose(own["W_enc_T"].norm(dim=1), torch.full((200,), 0.5))
+    cosine = torch.cosine_similarity(own["W_enc_T"], own["W_dec"])
+    assert abs(float(cosine.mean())) < 5 / (64 * 200) ** 0.5  # of random vectors
+    assert float(cosine.std()) < 2 / 64**0.5
