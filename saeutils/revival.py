@@ -14,7 +14,8 @@ both scales are held constant in the gradient.
 
 Resampling (Bricken et al. 2023, "Towards Monosemanticity"). At set steps a dead
 latent becomes the direction of a row drawn with probability ∝ loss², its encoder
-a fifth as long as the living ones', its bias 0, its Adam moments 0.
+a fifth as long as the living ones', its bias 0, its Adam moments 0. For TopK and
+BatchTopK a fifth is too short: such a latent is hardly ever among the k largest.
 """
 
 import torch
@@ -112,6 +113,7 @@ def resample(
     centred: Float[Tensor, "n d_in"],
     losses: Float[Tensor, " n"],
     generator: torch.Generator,
+    length: int | float = 0.2,
 ) -> None:
     """Turn dead latents into rows that the SAE reconstructs badly, in place.
 
@@ -120,6 +122,7 @@ def resample(
             latents' are set to 0.
         centred: rows to draw from, as the encoder sees them.
         losses: squared error of each of these rows.
+        length: of their encoders, in mean lengths of the living ones'.
     """
     weight = losses.double().square().cpu()
     n = min(len(dead), int((weight > 0).sum()))
@@ -131,9 +134,9 @@ def resample(
     alive = torch.ones(len(params["b_enc"]), dtype=torch.bool, device=dead.device)
     alive[dead] = False
     norms = params["W_enc_T"].norm(dim=1)
-    length = norms[alive].mean() if alive.any() else norms.mean()
+    unit = norms[alive].mean() if alive.any() else norms.mean()
     params["W_dec"][dead] = direction
-    params["W_enc_T"][dead] = 0.2 * length * direction
+    params["W_enc_T"][dead] = length * unit * direction
     params["b_enc"][dead] = 0
     for moment in moments:
         for name in ("W_dec", "W_enc_T", "b_enc"):

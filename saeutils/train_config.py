@@ -89,6 +89,8 @@ class TrainConfig:
     k_aux: int | None = None
     """AuxK's number of latents; None: d_in // 2."""
     resample_steps: tuple[int, ...] = ()
+    resample_length: int | float = 0.2
+    """Of a resampled latent's encoder, in mean lengths of the living ones'."""
 
     encoder_dtype: str = "float32"
     """float32 or bfloat16: of the encoder's product while training."""
@@ -146,6 +148,10 @@ class TrainConfig:
         need(
             ("resample" in self.revival) == bool(self.resample_steps),
             "resample_steps and 'resample' in revival go together",
+        )
+        need(
+            self.resample_length > 0,
+            f"resample_length must be positive, got {self.resample_length}",
         )
         need(
             self.warm_up + self.decay <= self.steps,

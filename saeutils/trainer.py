@@ -56,7 +56,6 @@ def start_values(store, config: TrainConfig) -> tuple[Params, dict, Tensor]:
         seed=config.seed,
         directions=directions,
         tied=config.encoder_init == "tied",
-        tied=config.encoder_init == "tied",
         encoder_scale=config.encoder_scale,
         threshold=config.threshold,
     )
@@ -232,7 +231,13 @@ class Trainer:
             else self.sample
         )
         revival.resample(
-            self.params, moments, self.dead, centred, error.square().sum(1), generator
+            self.params,
+            moments,
+            self.dead,
+            centred,
+            error.square().sum(1),
+            generator,
+            self.config.resample_length,
         )
         self.since_fired[self.dead] = 0
 

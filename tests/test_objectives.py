@@ -188,13 +188,14 @@ def test_resampling_follows_the_recipe():
     dead = torch.tensor([4, 7])
     losses = torch.zeros(30, dtype=torch.float64)
     losses[[3, 9]] = 5.0  # the only rows that can be drawn
-    revival.resample(params, moments, dead, x, losses, torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    revival.resample(params, moments, dead, x, losses, generator, length=0.3)
     directions = torch.nn.functional.normalize(x[[3, 9]], dim=1)
     cosine = params["W_dec"][dead] @ directions.T
     assert torch.allclose(cosine.max(1).values, torch.ones(2, dtype=torch.float64))
     alive = torch.ones(20, dtype=torch.bool)
     alive[dead] = False
-    length = 0.2 * before["W_enc_T"][alive].norm(dim=1).mean()
+    length = 0.3 * before["W_enc_T"][alive].norm(dim=1).mean()
     assert torch.allclose(params["W_enc_T"][dead].norm(dim=1), length)
     assert params["b_enc"][dead].tolist() == [0, 0]
     for moment in moments:

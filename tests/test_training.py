@@ -263,6 +263,7 @@ def test_train_many_wants_shared_batches(rows):
         (dict(steps=0), "steps must be at least 1"),
         (dict(lr_warm_up_steps=30, lr_decay_steps=20), "exceed steps"),
         (dict(revival=("resample",)), "go together"),
+        (dict(resample_length=0), "resample_length must be positive"),
         (dict(revival=("prayer",)), "revival 'prayer' is none of"),
         (dict(b_dec_init="medain"), "'medain' is none of"),
     ],
@@ -347,6 +348,8 @@ def test_auxk_brings_latents_back_that_never_fire(rows, monkeypatch):
     assert alive(revival=("auxk",), aux_coefficient=1.0) > 10
     assert alive("l1", revival=()) == 0
     assert alive("l1", revival=("resample",), resample_steps=(100,)) > 10
+    again = dict(revival=("resample",), resample_steps=(100,))
+    assert alive(**again, resample_length=1.0) > alive(**again) + 10
     assert alive("l1", revival=("ghost",)) > 10
 
 
