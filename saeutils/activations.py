@@ -9,6 +9,7 @@ import hashlib
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -151,20 +152,28 @@ def _fill(
         run(source.batch(first, min(first + batch_size, source.n)))
         seconds = (time.perf_counter() - began) * (source.n - first) / batch_size
         print(*plans, f"in about {seconds:,.0f} s", sep="\n")
-    with tqdm(total=source.n, initial=done, unit="in", disable=not progress) as bar:
+    writing: list[Future] = []
+    with (
+        ThreadPoolExecutor(len(writers)) as pool,  # writes while the model goes on
+        tqdm(total=source.n, initial=done, unit="in", disable=not progress) as bar,
+    ):
         for start in range(first, source.n, batch_size):
             stop = min(start + batch_size, source.n)
             outputs = run(source.batch(start, stop))
+            for future in writing:
+                future.result()
+            writing = []
             for hook, writer in writers.items():
                 # An earlier run may have stored the beginning of the first batches.
                 skip = max(0, known[hook] - rows[hook].before(start))
                 if skip < rows[hook].before(stop) - rows[hook].before(start):
                     part = rows[hook].take(outputs[hook], start, stop)
                     records = rows[hook].records(start, stop)
-                    writer.append(
-                        part[skip:], {k: v[skip:] for k, v in records.items()}
-                    )
+                    records = {name: v[skip:] for name, v in records.items()}
+                    writing.append(pool.submit(writer.append, part[skip:], records))
             bar.update(stop - max(start, done))
+        for future in writing:
+            future.result()
 
 
 def model_fingerprint(model: nn.Module) -> str:
@@ -197,13 +206,15 @@ def _recording(
     """A function from a batch of inputs to the outputs of the hooks.
 
     It stops the forward pass after the last hook, unless `whole`; that first pass
-    also makes sure that each hook speaks once.
+    also makes sure that each hook speaks once, and finds the outputs that the model
+    changes in place later on: of these a copy is taken.
     """
     if not hooks:
         raise ValueError("no hooks: name at least one module of the model")
     modules = {hook: hook_point(model, hook) for hook in hooks}
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    heard: dict[str, list[Tensor]] = {}
+    heard: dict[str, list[tuple[Tensor, int]]] = {}
+    changed_later: set[str] = set()
     stop_early = False
 
     def listener(hook: str) -> Callable[..., None]:
@@ -214,7 +225,8 @@ def _recording(
                     f"the output of {hook!r} is {type(tensor).__name__}, expected a "
                     "tensor of floats, or a tuple that begins with one"
                 )
-            heard.setdefault(hook, []).append(tensor)
+            tensor = tensor.clone() if hook in changed_later else tensor
+            heard.setdefault(hook, []).append((tensor, tensor._version))
             if stop_early and len(heard) == len(hooks):
                 raise _Enough
 
@@ -234,7 +246,10 @@ def _recording(
                     f"the model calls {hook!r} {len(heard.get(hook, []))} times in one "
                     "pass, expected once: hook a module inside or around it"
                 )
-        return {hook: outputs[0] for hook, outputs in heard.items()}
+            tensor, version = heard[hook][0]
+            if tensor._version != version:
+                changed_later.add(hook)
+        return {hook: outputs[0][0] for hook, outputs in heard.items()}
 
     handles = [m.register_forward_hook(listener(h)) for h, m in modules.items()]
     try:

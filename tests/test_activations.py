@@ -248,6 +248,15 @@ class Turn(nn.Module):
         return x.movedim(0, 1)
 
 
+def test_outputs_that_the_model_changes_in_place_are_stored_unchanged(tmp_path):
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(inplace=True), nn.Linear(4, 2))
+    x = torch.randn(50, 3)
+    wanted = nn.functional.linear(x, model[0].weight, model[0].bias).detach()
+    stores = save(model, x, ["0", "2"], tmp_path, batch_size=8)
+    torch.testing.assert_close(stores["0"][:], wanted)
+    assert stores["0"][:].min() < 0
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

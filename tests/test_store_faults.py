@@ -109,12 +109,12 @@ def die_at(step: int, path: Path) -> None:
         return call
 
     os.fsync, os.replace = deadly(os.fsync), deadly(os.replace)
-    save(path, x=inputs(130), batch_size=50)
+    save(path, x=inputs(70), batch_size=50)
 
 
 def test_kill_at_every_single_step(tmp_path):
     """Exhaustive over all commits of a small store: before and after each step."""
-    save(tmp_path / "whole", x=inputs(130), batch_size=50)
+    save(tmp_path / "whole", x=inputs(70), batch_size=50)
     expected = content(tmp_path / "whole")
     for step in range(1, 1000):
         path = tmp_path / f"victim-{step}"
@@ -127,10 +127,10 @@ def test_kill_at_every_single_step(tmp_path):
         for folder in path.iterdir() if path.exists() else []:
             if (folder / "manifest.json").exists():  # what is there is right already
                 ActivationStore.open(folder, partial=True).verify()
-        save(path, x=inputs(130), batch_size=50)
+        save(path, x=inputs(70), batch_size=50)
         assert content(path) == expected, f"killed at step {step}"
         shutil.rmtree(path)
-    assert step > 50  # each of 6 shards takes 3 files with 3 steps
+    assert step > 50  # each of 4 shards takes 3 files with 3 steps
 
 
 def test_an_unfinished_store_opens_only_when_asked(tmp_path):
