@@ -8,6 +8,7 @@ import random
 import shutil
 import signal
 import subprocess
+import tempfile
 import time
 from pathlib import Path
 
@@ -61,6 +62,14 @@ def reference(tmp_path_factory):
     return content(path)
 
 
+@pytest.fixture
+def memory_path():
+    """A folder in memory where there is one: these tests sync thousands of times."""
+    memory = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as path:
+        yield Path(path)
+
+
 def run_and_kill(path: Path, seconds: float) -> bool:
     """Save in another process and kill -9 it; True when it had not finished."""
     child = fork.Process(target=save, args=(path,))
@@ -71,11 +80,11 @@ def run_and_kill(path: Path, seconds: float) -> bool:
     return child.exitcode == -signal.SIGKILL
 
 
-def test_kill_at_random_instants_then_resume(tmp_path, reference):
-    dice, kills, path = random.Random(0), 0, tmp_path / "victim"
+def test_kill_at_random_instants_then_resume(memory_path, reference):
+    dice, kills, path = random.Random(0), 0, memory_path / "victim"
     left = set()
     while kills < 50:
-        if run_and_kill(path, dice.uniform(0, 0.25)):
+        if run_and_kill(path, dice.uniform(0, 0.1)):
             kills += 1
             if (path / "2" / "manifest.json").exists():
                 left.add(len(ActivationStore.open(path / "2", partial=True)))
@@ -112,12 +121,12 @@ def die_at(step: int, path: Path) -> None:
     save(path, x=inputs(70), batch_size=50)
 
 
-def test_kill_at_every_single_step(tmp_path):
+def test_kill_at_every_single_step(memory_path):
     """Exhaustive over all commits of a small store: before and after each step."""
-    save(tmp_path / "whole", x=inputs(70), batch_size=50)
-    expected = content(tmp_path / "whole")
+    save(memory_path / "whole", x=inputs(70), batch_size=50)
+    expected = content(memory_path / "whole")
     for step in range(1, 1000):
-        path = tmp_path / f"victim-{step}"
+        path = memory_path / f"victim-{step}"
         child = fork.Process(target=die_at, args=(step, path))
         child.start()
         child.join()
