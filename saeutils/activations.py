@@ -31,8 +31,9 @@ from saeutils.inputs import (
 )
 from saeutils.layout import HookRows, Layout, Plan
 from saeutils.models import evaluation_mode, hook_point
+from saeutils.sharded import Column
 from saeutils.store import ActivationStore
-from saeutils.store_writer import SHARD_BYTES, STORED, Column, StoreWriter
+from saeutils.store_writer import SHARD_BYTES, STORED, StoreWriter
 
 
 def save_activations(

@@ -11,7 +11,8 @@ from jaxtyping import Bool, Int64
 from torch import Tensor, nn
 
 from saeutils.datasets import ImageData
-from saeutils.store_writer import Column, as_stored
+from saeutils.sharded import Column
+from saeutils.store_writer import as_stored
 
 Array = Tensor | np.ndarray
 Positions = str | slice | Sequence[int] | Array | None

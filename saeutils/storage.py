@@ -18,8 +18,9 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class Written(NamedTuple):
-    """Size and checksum of a finished file."""
+    """Name, size and checksum of a finished file."""
 
+    file: str
     bytes: int
     sha256: str
 
@@ -53,7 +54,7 @@ class AtomicFile:
         self._file.close()
         os.replace(self._temporary, self._target)
         _sync_folder(self._target.parent)
-        return Written(self._size, self._digest.hexdigest())
+        return Written(self._target.name, self._size, self._digest.hexdigest())
 
     def discard(self) -> None:
         self._file.close()

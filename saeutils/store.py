@@ -25,21 +25,21 @@ manifest.json is UTF-8 JSON with these keys:
                        with their provenance; null when unknown
     seed, settings     as given by the writer
     columns            provenance column -> type (int64, float32, bool, string, …)
-    shards             in order: {rows, file, bytes, sha256 (of the whole file),
-                       provenance: {file, bytes, sha256}}
+    shards             in order: {rows: how many, files: {rows: {file, bytes, sha256 (of
+                       the whole file)}, provenance: {file, bytes, sha256}}}; without
+                       provenance when there are no columns
 
 Row i of the store is row i − (rows of the shards before) of its shard. Files that
 the manifest does not list are leftovers. Values are finite, always.
 """
 
 import hashlib
-import io
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -48,14 +48,9 @@ from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
 from saeutils.order import FullShuffle
+from saeutils.sharded import ShardedStore
 from saeutils.storage import Folder
-from saeutils.store_writer import (
-    MANIFEST,
-    STORED,
-    StoreWriter,
-    as_stored,
-    read_manifest,
-)
+from saeutils.store_writer import FORMAT, STORED, StoreWriter, as_stored
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -105,6 +100,10 @@ class Store(ABC):
     @abstractmethod
     def provenance(self) -> "pd.DataFrame":
         """One record a row, in the order of the rows."""
+
+    def records(self, start: int, stop: int) -> "pd.DataFrame":
+        """The provenance of rows start … stop − 1."""
+        return self.provenance.iloc[start:stop]
 
     @property
     @abstractmethod
@@ -176,49 +175,16 @@ class Store(ABC):
         return _read_ahead(read, range(first, last, stride), workers)
 
 
-class ActivationStore(Store):
+class ActivationStore(ShardedStore, Store):
     """A store on disk. Opening reads the manifest; rows are memory-mapped."""
 
+    format = FORMAT
+
     def __init__(self, folder: Folder, manifest: dict[str, Any]) -> None:
-        self.folder, self.manifest = folder, manifest
+        super().__init__(folder, manifest)
         self.d_in: int = manifest["d_in"]
         self.dtype: torch.dtype = getattr(torch, manifest["dtype"])
         self.hook: str = manifest["hook"]
-        self._starts = np.cumsum([0] + [shard["rows"] for shard in manifest["shards"]])
-
-    @classmethod
-    def open(cls, path: str | Path, *, partial: bool = False) -> "ActivationStore":
-        """Open the store at `path`, or the only store in a folder of stores.
-
-        partial: also open a store that is not complete, with the rows it has.
-        Raises FileNotFoundError when there is none, and ValueError for a store that
-        is not complete, of a newer format, or whose files are missing or of the
-        wrong size (`verify` also reads their content).
-        """
-        folder = Folder(path)
-        if not folder.exists(MANIFEST):
-            inside = [f for f in folder.folders() if (folder / f).exists(MANIFEST)]
-            if len(inside) == 1:
-                folder = folder / inside[0]
-            elif inside:
-                raise ValueError(
-                    f"{folder} holds several stores ({', '.join(inside)}): open one"
-                )
-        manifest = read_manifest(folder)
-        if not manifest["complete"] and not partial:
-            raise ValueError(
-                f"{folder} is not complete ({manifest['rows']:,} of "
-                f"{manifest['expected_rows'] or '?'} rows): run what wrote it again "
-                "and it goes on from there, or open it with partial=True"
-            )
-        store = cls(folder, manifest)
-        store._refuse(
-            [problem for file in store._files() if (problem := file.glance())]
-        )
-        return store
-
-    def __len__(self) -> int:
-        return int(self._starts[-1])
 
     def __repr__(self) -> str:
         return (
@@ -226,40 +192,6 @@ class ActivationStore(Store):
             f"{self.d_in} {self.manifest['dtype']}, "
             f"{len(self.manifest['shards'])} shards)"
         )
-
-    def __reduce__(self) -> tuple:
-        # Other processes open the files themselves: mapped rows are not copied.
-        return ActivationStore, (self.folder, self.manifest)
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """sha256 over width, dtype and the checksums of all files."""
-        digest = hashlib.sha256(f"{self.d_in} {self.manifest['dtype']}".encode())
-        for file in self._files():
-            digest.update(bytes.fromhex(file.sha256))
-        return digest.hexdigest()
-
-    @cached_property
-    def provenance(self) -> "pd.DataFrame":
-        """One record a row, in the order of the rows; strings as categories."""
-        import pandas as pd
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        strings = [
-            k for k, v in (self.manifest["columns"] or {}).items() if v == "string"
-        ]
-        tables = [
-            pq.read_table(
-                io.BytesIO(self.folder.read(shard["provenance"]["file"])),
-                read_dictionary=strings,
-            )
-            for shard in self.manifest["shards"]
-            if "provenance" in shard
-        ]
-        if not tables:
-            return pd.DataFrame(index=pd.RangeIndex(len(self)))
-        return pa.concat_tables(tables).unify_dictionaries().to_pandas()
 
     def gather(self, index: Index) -> Float32[Tensor, "rows d_in"]:
         """The rows at `index`, in that order. Raises IndexError out of 0 … n − 1."""
@@ -289,10 +221,11 @@ class ActivationStore(Store):
     def _shards(self) -> list[np.ndarray]:
         shards = []
         for shard in self.manifest["shards"]:
-            rows = self.folder.map(shard["file"])
+            file = shard["files"]["rows"]["file"]
+            rows = self.folder.map(file)
             expected = (shard["rows"], self.d_in), STORED[self.manifest["dtype"]]
             if (rows.shape, rows.dtype.str) != expected:
-                self._refuse([f"{shard['file']} holds {rows.shape} {rows.dtype.str}"])
+                self._refuse([f"{file} holds {rows.shape} {rows.dtype.str}"])
             shards.append(rows)
         return shards
 
@@ -301,68 +234,6 @@ class ActivationStore(Store):
         from saeutils._gather import ShardedRows  # numba takes a second to import
 
         return ShardedRows(self._shards)
-
-    def verify(self) -> None:
-        """Read every file and compare it with its checksum.
-
-        Raises ValueError naming each file that is missing, truncated, damaged or
-        swapped with another.
-        """
-        files = self._files()
-        owner = {file.sha256: file.name for file in reversed(files)}
-        with ThreadPoolExecutor(4) as pool:
-            problems = list(pool.map(lambda file: file.examine(owner), files))
-        self._refuse([problem for problem in problems if problem])
-
-    def _files(self) -> list["_File"]:
-        files = []
-        for shard in self.manifest["shards"]:
-            for record in (shard, shard.get("provenance")):
-                if record:
-                    name, size = record["file"], record["bytes"]
-                    files.append(_File(self.folder, name, size, record["sha256"]))
-        return files
-
-    def _refuse(self, problems: list[str]) -> None:
-        if problems:
-            raise ValueError(
-                f"{self.folder} is damaged: {'; '.join(problems)}. Copy these files "
-                "again from where the store came, or delete the store and make it anew"
-            )
-
-
-class _File(NamedTuple):
-    """A file of a store and what the manifest says about it."""
-
-    folder: Folder
-    name: str
-    bytes: int
-    sha256: str
-
-    def glance(self) -> str | None:
-        """What is wrong with the file, as far as its size tells."""
-        path = PurePosixPath(self.name)
-        if path.is_absolute() or ".." in path.parts:
-            return f"{self.name} lies outside the store"
-        try:
-            size = self.folder.size(self.name)
-        except FileNotFoundError:
-            return f"{self.name} is missing"
-        if size != self.bytes:
-            how = "truncated" if size < self.bytes else "too long"
-            return f"{self.name} is {how} ({size:,} of {self.bytes:,} bytes)"
-        return None
-
-    def examine(self, owner: dict[str, str]) -> str | None:
-        """What is wrong with the file; `owner`: checksum -> file it belongs to."""
-        if problem := self.glance():
-            return problem
-        found = self.folder.sha256(self.name)
-        if found == self.sha256:
-            return None
-        if found in owner:
-            return f"{self.name} holds what belongs to {owner[found]}"
-        return f"{self.name} is damaged (sha256 differs)"
 
 
 class TensorStore(Store):

@@ -6,9 +6,7 @@ writer leaves beside that is overwritten or deleted by the next one.
 """
 
 import io
-import json
 from collections.abc import Mapping
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -17,31 +15,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from saeutils.storage import AtomicFile, Folder, explained
+from saeutils.sharded import VERSION, Column, ShardedWriter
+from saeutils.storage import AtomicFile, explained
 
-FORMAT, VERSION = "saeutils.activations", 1
-MANIFEST = "manifest.json"
+FORMAT = "saeutils.activations"
 # Name of a dtype -> how its bits are stored. numpy has no bfloat16: its 16 bits are
 # the upper half of a float32.
 STORED = {"float32": "<f4", "float16": "<f2", "bfloat16": "<u2"}
 SHARD_BYTES = 256 * 2**20
 
-# What a store is made of: a writer goes on only with the same of everything.
-IDENTITY = {
-    "hook": "the hook",
-    "d_in": "the width of the rows",
-    "dtype": "the dtype",
-    "expected_rows": "the number of rows",
-    "model": "the model (its fingerprint)",
-    "data": "the data (their fingerprint)",
-    "seed": "the seed",
-    "settings": "the settings",
-}
 
-Column = np.ndarray | Tensor | list
-
-
-class StoreWriter:
+class StoreWriter(ShardedWriter):
     """Appends rows with their provenance to a store, or goes on with an unfinished one.
 
         with StoreWriter(path, hook="fc1", d_in=128, expected_rows=60_000) as writer:
@@ -52,6 +36,17 @@ class StoreWriter:
     killed, keeps every finished shard: `rows_done` of the next writer on that path
     tells which row to append first. Memory: one batch.
     """
+
+    identity = {  # noqa: RUF012
+        "hook": "the hook",
+        "d_in": "the width of the rows",
+        "dtype": "the dtype",
+        "expected_rows": "the number of rows",
+        "model": "the model (its fingerprint)",
+        "data": "the data (their fingerprint)",
+        "seed": "the seed",
+        "settings": "the settings",
+    }
 
     def __init__(
         self,
@@ -85,60 +80,22 @@ class StoreWriter:
             rows_per_shard = max(1, SHARD_BYTES // row_bytes)
         if rows_per_shard < 1:
             raise ValueError(f"{rows_per_shard} rows per shard: expected at least 1")
-        fresh = {
+        manifest = {
             "format": FORMAT,
             "version": VERSION,
-            "complete": False,
             "hook": hook,
             "d_in": d_in,
             "dtype": dtype,
-            "byteorder": "little",
-            "rows": 0,
             "expected_rows": expected_rows,
             "rows_per_shard": rows_per_shard,
             "model": model,
             "data": data,
             "seed": seed,
             "settings": dict(settings or {}),
-            "columns": None,
-            "shards": [],
         }
-        self.folder = Folder(path)
-        self._closed = False
+        super().__init__(path, manifest)
         self._shard: AtomicFile | None = None
         self._shard_rows, self._provenance = 0, []
-        with ExitStack() as stack:
-            stack.enter_context(self.folder.writing())
-            self.manifest = self._take_up(fresh)
-            self._lock = stack.pop_all()
-
-    def _take_up(self, fresh: dict[str, Any]) -> dict[str, Any]:
-        self.folder.remove_unfinished()
-        if not self.folder.exists(MANIFEST):
-            self.folder.write(MANIFEST, as_json(fresh))
-            return fresh
-        old = read_manifest(self.folder)
-        fresh = json.loads(as_json(fresh))  # tuples become lists, as in the file
-        changed = [
-            f"{what} changed from {old[key]!r} to {fresh[key]!r}"
-            for key, what in IDENTITY.items()
-            if old[key] != fresh[key]
-        ]
-        if changed:
-            raise ValueError(
-                f"{self.folder} holds a store of something else: {'; '.join(changed)}. "
-                "Choose another path, or delete that folder"
-            )
-        return old
-
-    @property
-    def rows_done(self) -> int:
-        """Rows that are safe on disk; the first row to append after taking up."""
-        return self.manifest["rows"]
-
-    @property
-    def complete(self) -> bool:
-        return self.manifest["complete"]
 
     def append(
         self,
@@ -201,17 +158,7 @@ class StoreWriter:
             self._shard.discard()
             self._shard = None
         self._shard_rows, self._provenance = 0, []
-        self._closed = True
-        self._lock.close()
-
-    def __enter__(self) -> "StoreWriter":
-        return self
-
-    def __exit__(self, kind: type | None, *_: object) -> None:
-        if kind is None:
-            self.close()
-        else:
-            self.abandon()
+        super().abandon()
 
     def _check(
         self, rows: Tensor, provenance: Mapping[str, Column]
@@ -225,25 +172,7 @@ class StoreWriter:
         total = self.rows_done + self._shard_rows + len(rows)
         if expected is not None and total > expected:
             raise ValueError(f"row {total:,} appended to a store of {expected:,} rows")
-        columns = {name: np.asarray(values) for name, values in provenance.items()}
-        for name, values in columns.items():
-            if values.shape != (len(rows),) or values.dtype.kind not in "iufbU":
-                raise ValueError(
-                    f"provenance column {name!r} of shape {values.shape} and type "
-                    f"{values.dtype}: expected one number, truth value or string for "
-                    f"each of the {len(rows)} rows"
-                )
-        kinds = {
-            name: "string" if values.dtype.kind == "U" else values.dtype.name
-            for name, values in columns.items()
-        }
-        if self.manifest["columns"] is None:
-            self.manifest["columns"] = kinds
-        elif self.manifest["columns"] != kinds:
-            raise ValueError(
-                f"provenance columns {kinds}: this store has {self.manifest['columns']}"
-            )
-        return columns
+        return self._check_columns(provenance, len(rows))
 
     def _refuse_nonfinite(
         self, rows: Tensor, stored: Tensor, columns: dict[str, np.ndarray]
@@ -275,7 +204,7 @@ class StoreWriter:
             if self.manifest["expected_rows"] is not None:
                 left = self.manifest["expected_rows"] - self.rows_done
                 self._shard_size = min(self._shard_size, left)
-            self._shard = self.folder.create(f"{len(self.manifest['shards']):05d}.npy")
+            self._shard = self.folder.create(f"{self._name()}.npy")
             self._shard.write(self._header(self._shard_size))
         return self._shard_size
 
@@ -291,35 +220,14 @@ class StoreWriter:
     def _commit_shard(self) -> None:
         if self._shard_rows != self._shard_size:  # the end came before it was full
             self._shard.rewrite_start(self._header(self._shard_rows))
-        name = f"{len(self.manifest['shards']):05d}"
         written = self._shard.commit()
         self._shard = None
-        shard = {"rows": self._shard_rows, "file": f"{name}.npy", **written._asdict()}
-        if self.manifest["columns"]:
-            table = self.folder.write(f"{name}.parquet", self._parquet())
-            shard["provenance"] = {"file": f"{name}.parquet", **table._asdict()}
-        self._replace_manifest(
-            rows=self.rows_done + self._shard_rows,
-            shards=[*self.manifest["shards"], shard],
-        )
-        self._shard_rows, self._provenance = 0, []
-
-    def _parquet(self) -> bytes:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
         columns = {
             name: np.concatenate([part[name] for part in self._provenance])
             for name in self.manifest["columns"]
         }
-        out = io.BytesIO()
-        pq.write_table(pa.table(columns), out, compression="zstd")
-        return out.getvalue()
-
-    def _replace_manifest(self, **changes: Any) -> None:
-        manifest = self.manifest | changes
-        self.folder.write(MANIFEST, as_json(manifest))
-        self.manifest = manifest
+        self._add_shard(self._shard_rows, {"rows": written}, columns)
+        self._shard_rows, self._provenance = 0, []
 
 
 def as_stored(rows: Tensor) -> np.ndarray:
@@ -329,26 +237,3 @@ def as_stored(rows: Tensor) -> np.ndarray:
         rows = rows.view(torch.uint16)
     array = rows.numpy()
     return array.astype(array.dtype.newbyteorder("<"), copy=False)
-
-
-def as_json(manifest: Mapping[str, Any]) -> bytes:
-    return json.dumps(manifest, indent=1, ensure_ascii=False).encode() + b"\n"
-
-
-def read_manifest(folder: Folder) -> dict[str, Any]:
-    """The manifest of a store. Raises ValueError when it is not one we can read."""
-    if not folder.exists(MANIFEST):
-        raise FileNotFoundError(f"{folder} holds no store: {MANIFEST} is not there")
-    try:
-        manifest = json.loads(folder.read(MANIFEST))
-        found, version = manifest["format"], manifest["version"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder}/{MANIFEST} is damaged ({error!r})") from error
-    if found != FORMAT:
-        raise ValueError(f"{folder} holds {found!r}, expected {FORMAT!r}")
-    if version > VERSION:
-        raise ValueError(
-            f"{folder} was written in format version {version}; this saeutils reads "
-            f"up to {VERSION}: update it to read this store"
-        )
-    return manifest

@@ -81,6 +81,11 @@ def test_any_sizes(tmp_path_factory, data):
     kept = rows.to(getattr(torch, dtype)).float()
     assert torch.equal(opened[:], kept)
     assert opened.provenance.astype({"split": str}).equals(frame)
+    start = data.draw(st.integers(0, n))
+    stop = data.draw(st.integers(start, n))
+    records = opened.records(start, stop).astype({"split": str})
+    assert records.to_dict("list") == frame[start:stop].to_dict("list")
+    assert records.index.tolist() == list(range(start, stop))
     index = data.draw(st.lists(st.integers(0, n - 1), max_size=2 * n))
     assert torch.equal(opened.gather(index), kept[torch.tensor(index, dtype=int)])
     i, j = data.draw(st.integers(-n, n)), data.draw(st.integers(-n, n))
@@ -247,9 +252,11 @@ def test_the_files_are_what_the_format_says(store, tmp_path):
     """Read a store with numpy and pandas alone, as the format notes describe it."""
     _, rows, frame = store
     manifest = json.loads((tmp_path / "s" / "manifest.json").read_text())
-    arrays = [np.load(tmp_path / "s" / s["file"]) for s in manifest["shards"]]
+    arrays = [
+        np.load(tmp_path / "s" / s["files"]["rows"]["file"]) for s in manifest["shards"]
+    ]
     tables = [
-        pd.read_parquet(tmp_path / "s" / s["provenance"]["file"])
+        pd.read_parquet(tmp_path / "s" / s["files"]["provenance"]["file"])
         for s in manifest["shards"]
     ]
     assert (np.concatenate(arrays) == rows.numpy()).all()

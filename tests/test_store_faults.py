@@ -319,7 +319,7 @@ def test_manifests_that_cannot_be_read(stored):
 @pytest.mark.parametrize("name", ["/etc/passwd", "../outside.npy"])
 def test_a_manifest_may_not_point_outside(stored, name):
     shards = json.loads((stored / "manifest.json").read_text())["shards"]
-    shards[0]["file"] = name
+    shards[0]["files"]["rows"]["file"] = name
     edit_manifest(stored, shards=shards)
     with pytest.raises(ValueError, match="outside the store"):
         ActivationStore.open(stored)
