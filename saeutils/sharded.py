@@ -129,7 +129,11 @@ class ShardedWriter:
         return columns
 
     def _add_shard(
-        self, rows: int, files: dict[str, Written], columns: dict[str, np.ndarray]
+        self,
+        rows: int,
+        files: dict[str, Written],
+        columns: dict[str, np.ndarray],
+        **changes: Any,
     ) -> None:
         """Record a shard whose files are in place; its provenance is written here."""
         if columns:
@@ -137,7 +141,9 @@ class ShardedWriter:
             files["provenance"] = self.folder.write(f"{self._name()}.parquet", table)
         shard = {"rows": rows, "files": {k: v._asdict() for k, v in files.items()}}
         self._replace_manifest(
-            rows=self.rows_done + rows, shards=[*self.manifest["shards"], shard]
+            rows=self.rows_done + rows,
+            shards=[*self.manifest["shards"], shard],
+            **changes,
         )
 
     def _replace_manifest(self, **changes: Any) -> None:

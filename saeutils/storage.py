@@ -66,6 +66,31 @@ class AtomicFile:
             view = view[self._file.write(view) :]
 
 
+class MappedFile:
+    """An .npy file of one axis, filled in any order, that appears on commit."""
+
+    def __init__(self, target: Path, length: int, dtype: np.dtype) -> None:
+        self._target = target
+        self._temporary = target.with_name(f".{target.name}.tmp")
+        with open(self._temporary, "wb") as file:
+            np.lib.format.write_array_header_1_0(
+                file, {"descr": dtype.str, "fortran_order": False, "shape": (length,)}
+            )
+            end = file.tell() + length * dtype.itemsize
+            if hasattr(os, "posix_fallocate"):
+                # Take the space now: a full disk is an error here, not a crash later.
+                os.posix_fallocate(file.fileno(), 0, end)
+            file.truncate(end)
+        self.array = np.load(self._temporary, mmap_mode="r+")
+
+    def commit(self) -> None:
+        self.array.flush()
+        with open(self._temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(self._temporary, self._target)
+        _sync_folder(self._target.parent)
+
+
 def _sync_folder(path: Path) -> None:
     """Make a rename durable. Windows cannot open folders and needs no such step."""
     if os.name == "nt":
@@ -116,7 +141,7 @@ class Folder:
     def create(self, name: str) -> AtomicFile:
         return AtomicFile(self.path / name)
 
-    def write(self, name: str, content: bytes) -> Written:
+    def write(self, name: str, content: bytes | memoryview) -> Written:
         file = self.create(name)
         try:
             file.write(content)
@@ -124,6 +149,9 @@ class Folder:
         except BaseException:
             file.discard()
             raise
+
+    def create_mapped(self, name: str, length: int, dtype: np.dtype) -> MappedFile:
+        return MappedFile(self.path / name, length, dtype)
 
     def remove_unfinished(self) -> None:
         """Delete the temporary files that a killed writer left behind."""
