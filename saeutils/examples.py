@@ -189,6 +189,11 @@ class ClassProfile:
         return self.firing_counts > 0
 
     @property
+    def rate(self) -> Float64[Tensor, " d_sae"]:
+        """Share of rows on which a latent fires, classes weighing the same."""
+        return self.share.mean(1)
+
+    @property
     def top_class(self) -> Int64[Tensor, " d_sae"]:
         """The class with the largest mean activation; −1 for dead latents."""
         return self.classes[self.mean.argmax(1)].where(self.live, torch.tensor(-1))

@@ -338,16 +338,16 @@ def summary(frame: "pd.DataFrame", digits: int = 3) -> "pd.DataFrame":
         if values.empty:
             return "–"
         mean, sd = values.mean(), values.std()
-        if mean == 0 and not sd > 0:
-            return "0"
-        # As many decimals as `digits` figures of the mean, or one of the spread, need.
+        # As many decimals as `digits` figures of the mean need, or one of the spread.
         decimals = digits - 1 - _magnitude(mean)
+        if pd.api.types.is_integer_dtype(column) or mean == 0:
+            decimals = 0
         if sd > 0:
-            decimals = min(decimals + 1, -_magnitude(sd))
-        whole = pd.api.types.is_integer_dtype(column)
-        decimals = 0 if whole else max(decimals, 0)
+            decimals = min(decimals, max(-_magnitude(sd), 0))
+        decimals = max(decimals, 0)
+        spread = f"{sd:,.{decimals}f}" if sd > 0 else "0"
         text = f"{mean:,.{decimals}f}"
-        return f"{text} ± {sd:,.{decimals}f}" if sd > 0 else text
+        return f"{text} ± {spread}" if float(spread.replace(",", "")) else text
 
     groups = frame.groupby("name", sort=False)
     out = groups.agg(cell)

@@ -113,6 +113,7 @@ def test_class_profile_known_answers():
         assert got.classes.tolist() == [3, 8]
         assert got.mean.tolist() == [[3, 0], [1, 1], [3, 1], [0, 0], [0.5, 0.5]]
         assert got.share.tolist() == [[1, 0], [1, 1], [1, 1], [0, 0], [0.5, 0.25]]
+        assert got.rate.tolist() == [0.5, 1, 1, 0, 0.375]
         assert got.firing_counts.tolist() == [2, 6, 6, 0, 2]
         assert got.live.tolist() == [True, True, True, False, True]
         assert got.top_class.tolist() == [3, 3, 3, -1, 3]

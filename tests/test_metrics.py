@@ -348,13 +348,27 @@ def test_tables():
     assert short["FVU"][1] == "1.00" and short["dead %"][1] == "–"
     assert short["eval set"][0] == "test rows"
     assert set(metrics.KEY_COLUMNS) <= set(model_card().row())
-    frame = pd.DataFrame({"name": ["a", "a"], "x": [1.0, 3.0], "n": [60000, 60000]})
-    assert metrics.summary(frame).iloc[0].to_dict() == {
-        "name": "a",
-        "runs": 2,
-        "x": "2 ± 1",
-        "n": "60,000",
-    }
+
+
+@pytest.mark.parametrize(
+    "values, text",
+    [
+        ([1.0, 3.0], "2 ± 1"),
+        ([60000, 60000], "60,000"),
+        ([60000, 10000], "35,000 ± 35,355"),
+        ([0.0404, 0.04045], "0.0404"),  # the spread is below the last figure
+        ([0.041, 0.045, 0.049], "0.045 ± 0.004"),
+        ([15.9, 16.5], "16.2 ± 0.4"),
+        ([-0.31, -0.52], "-0.4 ± 0.1"),
+        ([0.0, 0.0], "0"),
+        ([0.5], "0.500"),
+        ([math.nan, 2.0], "2.00"),
+        ([math.nan], "–"),
+    ],
+)
+def test_summary_shows_the_figures_that_the_spread_leaves_meaning(values, text):
+    frame = pd.DataFrame({"name": ["a"] * len(values), "x": values})
+    assert metrics.summary(frame)["x"][0] == text
 
 
 # --- bad input ----------------------------------------------------------------

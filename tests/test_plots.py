@@ -232,6 +232,14 @@ def test_cosine_map_is_sorted_by_group_and_leaves_out_zero_rows():
     assert titles == ["latent", "image"]
 
 
+def test_cosine_map_of_many_rows_keeps_the_proportions_of_the_groups():
+    groups = torch.tensor([0] * 600 + [1] * 300 + [2] * 100).flip(0)
+    fig = plots.cosine_map({"row": (normal(1000, 4), groups)}, title="t", n=100)
+    assert fig.data[0].z.shape == (100, 100)
+    edges = sorted({shape.x0 for shape in fig.layout.shapes if shape.x0 == shape.x1})
+    assert edges == pytest.approx([59.5, 89.5], abs=1)
+
+
 def test_pca_map_gives_every_class_its_points_and_shows_the_shares():
     """A class has one colour and one legend entry in both panels."""
     points = normal(6, 2)

@@ -142,10 +142,10 @@ def top_images(
 def reconstructions(
     original: Any,
     reconstructed: Any,
-    *,
     names: Sequence[str],
     before: Any,
     after: Any,
+    *,
     title: str,
     subtitle: str = "Upper strip: the activations; lower strip: their reconstruction",
     x: str = "neuron",

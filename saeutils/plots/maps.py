@@ -73,11 +73,16 @@ def pca_map(
 
 
 def cosine_map(
-    panels: Mapping[str, tuple[Any, Any]], *, title: str, subtitle: str = ""
+    panels: Mapping[str, tuple[Any, Any]],
+    *,
+    title: str,
+    subtitle: str = "",
+    n: int = 300,
 ) -> go.Figure:
-    """Cosines between all rows, sorted by group, −1 blue to 1 red.
+    """Cosines between rows, sorted by group, −1 blue to 1 red.
 
-    Zero rows have no direction and are left out.
+    Zero rows have no direction and are left out. Of more than n rows, n are drawn,
+    evenly spaced in the sorted order, so that groups keep their proportions.
 
     Args:
         panels: what a row IS, for its axes ("latent (decoder row), by its top class")
@@ -88,6 +93,8 @@ def cosine_map(
         rows, groups = array(rows), array(groups)
         alive = np.linalg.norm(rows, axis=1) > 0
         order = np.argsort(groups[alive], kind="stable")
+        if len(order) > n:
+            order = order[np.linspace(0, len(order) - 1, n).astype(int)]
         groups, unit = groups[alive][order], _unit(rows[alive][order])
         # A byte a cell, not eight characters.
         percent = np.rint(100 * unit @ unit.T).clip(-100, 100).astype(np.int8)
@@ -96,7 +103,7 @@ def cosine_map(
         fig.add_trace(heat, row=1, col=column)
         values, start, size = np.unique(groups, return_index=True, return_counts=True)
         for edge in start[1:] - 0.5:
-            options = dict(line=dict(color=INK, width=0.6), row=1, col=column)
+            options = dict(line=dict(color=NULL, width=0.5), row=1, col=column)
             fig.add_vline(edge, **options).add_hline(edge, **options)
         ends = [-0.5, len(unit) - 0.5]
         axis = dict(

@@ -73,10 +73,10 @@ def scorecard_table(
     widest = max(map(len, index))
     align = ["left"] + ["right"] * len(cells)
     stripes = ["white" if i % 2 else "#F2F2F2" for i in range(len(index))]
-    per_line = 18 if metrics_as_rows else 12
+    per_line = 18 if metrics_as_rows else 14
     fig = go.Figure(
         go.Table(
-            columnwidth=[7 * widest + 20] + [7 * per_line] * len(cells),
+            columnwidth=[7 * widest + 20] + [6.5 * per_line] * len(cells),
             header=dict(
                 values=["", *(f"<b>{text}</b>" for text in header)],
                 fill_color="white",
@@ -96,7 +96,7 @@ def scorecard_table(
     wrapped = [max(-(-len(c[i]) // per_line) for c in cells) for i in range(len(index))]
     longest_header = max(-(-len(text) // per_line) for text in header)
     height = 44 + 15 * longest_header + sum(15 + 15 * lines for lines in wrapped)
-    width = 7 * widest + 40 + 7 * per_line * len(cells)
+    width = 7 * widest + 40 + round(6.5 * per_line) * len(cells)
     styled(fig, title, subtitle, width=width, height=height + (110 if subtitle else 80))
     return fig.update_layout(margin=dict(l=10, r=10, b=0), font_size=12)
 
@@ -213,7 +213,7 @@ def cumulative(
     title: str,
     subtitle: str = "",
     x: str,
-    limits: tuple[float, float],
+    limits: tuple[float, float] | None = None,
     nulls: Sequence[str] = (),
     unit: str = "live latents",
 ) -> go.Figure:
@@ -221,9 +221,14 @@ def cumulative(
 
     Nulls and controls are grey and dashed. NaN (dead latents) is left
     out, and so is a group with nothing else.
+
+    Args:
+        limits: of the x axis; by default it spans the values, and zero.
     """
     fig = go.Figure()
     dashes = ("dash", "dot", "dashdot")
+    every = np.concatenate([array(values) for values in groups.values()])
+    limits = limits or (min(0.0, np.nanmin(every)), np.nanmax(every))
     for i, (name, values) in enumerate(groups.items()):
         values = array(values)
         values = np.sort(values[np.isfinite(values)])
