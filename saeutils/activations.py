@@ -6,7 +6,6 @@ compute, and write, the same bytes.
 """
 
 import hashlib
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -32,6 +31,7 @@ from saeutils.inputs import (
 from saeutils.layout import HookRows, Layout, Plan
 from saeutils.models import evaluation_mode, hook_point
 from saeutils.sharded import Column
+from saeutils.storage import Folder, folder_at
 from saeutils.store import ActivationStore
 from saeutils.store_writer import SHARD_BYTES, STORED, StoreWriter
 
@@ -55,9 +55,9 @@ def save_activations(
 ) -> dict[str, ActivationStore]:
     """Run the model over the inputs and store what its named modules put out.
 
-    path: each store becomes a folder in it, named after its hook. A store that an
-        earlier call with the same arguments left unfinished is completed; one that it
-        finished is opened.
+    path: each store becomes a folder in it, named after its hook; a local path, or a
+        URL that fsspec knows. A store that an earlier call with the same arguments
+        left unfinished is completed; one that it finished is opened.
     inputs: one argument for the model (pixels, tokens, …; numpy arrays may be
         memory-mapped), ImageData, or keyword arguments as a dictionary, as
         transformers' tokenizers and processors make it.
@@ -109,7 +109,7 @@ def save_activations(
         if positions is not None and not with_positions:
             raise ValueError(f"positions {positions!r}, but no output has positions")
         plans = [rows[h].plan(h, dtype, shard_bytes) for h in hooks]
-        folders = {h: Path(path) / quote(h, safe="") for h in hooks}
+        folders = {h: folder_at(path) / quote(h, safe="") for h in hooks}
         _refuse_what_does_not_fit(plans, folders, budget)
         fingerprint = model_fingerprint(model)
         which = _describe(positions, source, model)
@@ -262,7 +262,7 @@ def _recording(
 
 
 def _refuse_what_does_not_fit(
-    plans: list[Plan], folders: dict[str, Path], budget: int | None
+    plans: list[Plan], folders: dict[str, Folder], budget: int | None
 ) -> None:
     needed = sum(plan.bytes for plan in plans)
     listed = "; ".join(map(str, plans))
@@ -271,15 +271,11 @@ def _refuse_what_does_not_fit(
             f"the rows take {needed:,} bytes and the budget is {budget:,} ({listed}): "
             "store float16, fewer hooks or fewer inputs"
         )
-    there = [
-        f for folder in folders.values() if folder.is_dir() for f in folder.iterdir()
-    ]
-    missing = needed - sum(file.stat().st_size for file in there)
-    first = next(iter(folders.values())).absolute()
-    existing = next(parent for parent in first.parents if parent.exists())
-    free = shutil.disk_usage(existing).free
-    if missing > free:
+    missing = needed - sum(folder.stored() for folder in folders.values())
+    place = next(iter(folders.values()))
+    free = place.free()
+    if free is not None and missing > free:
         raise ValueError(
-            f"the rows take {missing:,} bytes more and {free:,} are free at {existing} "
+            f"the rows take {missing:,} bytes more and {free:,} are free at {place} "
             f"({listed}): free some space, or store float16, fewer hooks or inputs"
         )

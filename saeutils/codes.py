@@ -206,7 +206,7 @@ class CodeWriter(ShardedWriter):
 
     def __init__(
         self,
-        path: str | Path,
+        path: str | Path | Folder,
         *,
         d_sae: int,
         expected_rows: int,

@@ -14,7 +14,8 @@ Source: Luby and Rackoff 1988; Black and Rogaway 2002 (generalised Feistel).
 """
 
 import math
-from typing import Protocol
+from functools import lru_cache
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from jaxtyping import Int64
@@ -107,3 +108,100 @@ class FullShuffle:
             permutation = Permutation(self.n, self.seed, epoch)
             self._last = epoch, permutation
         return permutation
+
+
+class Segment(NamedTuple):
+    """A stretch of the stream whose rows lie in one buffer."""
+
+    buffer: int
+    """Number of the buffer, counted over all epochs."""
+    places: Int64[np.ndarray, " m"]
+    """Which rows of the buffer, in the order of the stream."""
+    rows: Int64[np.ndarray, " m"]
+    """The same rows by their number in the store."""
+
+
+class BufferShuffle:
+    """For slow disks: random blocks of neighbours, some at a time mixed in memory.
+
+    An epoch permutes the blocks of `block` rows; each run of `blocks` blocks fills a
+    buffer, whose rows are then permuted. Every row comes once an epoch, and reading
+    is sequential within blocks. Two rows of one block fall into one buffer, hence
+    near one another: `mixing` measures how much that leaves.
+    """
+
+    def __init__(self, n: int, seed: int, block: int, blocks: int) -> None:
+        if block < 1 or blocks < 1:
+            raise ValueError(
+                f"{blocks} blocks of {block} rows: expected at least 1 of 1"
+            )
+        self.n, self.seed, self.block, self.blocks = n, seed, block, blocks
+        self.n_blocks = -(-n // block)
+        self.n_buffers = -(-self.n_blocks // blocks)
+        self._epoch = lru_cache(2)(self._plan)
+
+    def __call__(self, start: int, stop: int) -> Int64[np.ndarray, " rows"]:
+        """Rows at positions start … stop − 1 of the endless stream."""
+        parts = [segment.rows for segment in self.segments(start, stop)]
+        return np.concatenate(parts) if parts else np.empty(0, np.int64)
+
+    def segments(self, start: int, stop: int) -> list[Segment]:
+        """The same, stretch by stretch."""
+        segments = []
+        while start < stop:
+            epoch, at = divmod(start, self.n)
+            starts = self._epoch(epoch)[1]
+            number = int(np.searchsorted(starts, at, side="right")) - 1
+            first, size = int(starts[number]), int(starts[number + 1] - starts[number])
+            end = min(size, at - first + stop - start)
+            inside = Permutation(size, self.seed, epoch, 1 + number)
+            places = inside(np.arange(at - first, end))
+            of_block = self.spans(epoch * self.n_buffers + number)
+            ends = np.cumsum([b - a for a, b in of_block])
+            which = np.searchsorted(ends, places, side="right")
+            begins = np.array([a for a, _ in of_block])
+            before = ends - np.array([b - a for a, b in of_block])
+            rows = begins[which] + places - before[which]
+            segments.append(Segment(epoch * self.n_buffers + number, places, rows))
+            start += end - (at - first)
+        return segments
+
+    def spans(self, buffer: int) -> list[tuple[int, int]]:
+        """(start, stop) of each block of rows in a buffer, in the order they lie."""
+        epoch, number = divmod(buffer, self.n_buffers)
+        order = self._epoch(epoch)[0][number * self.blocks : (number + 1) * self.blocks]
+        return [
+            (b * self.block, min(self.n, (b + 1) * self.block)) for b in order.tolist()
+        ]
+
+    def _plan(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Order of the blocks, and the position at which each buffer starts."""
+        order = Permutation(self.n_blocks, self.seed, epoch)(np.arange(self.n_blocks))
+        sizes = np.minimum(self.n - order * self.block, self.block)
+        full = np.concatenate([[0], np.cumsum(sizes)])
+        return order, np.append(full[: -1 : self.blocks], self.n)
+
+
+class Mixing(NamedTuple):
+    """How well an order mixes rows that were neighbours."""
+
+    correlation: float
+    """Of the numbers of successive rows: 1 in order, 0 ± 1/√n when shuffled."""
+    documents: float
+    """Distinct documents a batch, on average."""
+    share: float
+    """The same, divided by what independent draws would give: 1 is as good as full."""
+
+
+def mixing(
+    rows: Int64[np.ndarray, " n"], documents: Int64[np.ndarray, " n_rows"], batch: int
+) -> Mixing:
+    """Quality of the order `rows`; documents[i] is the document (image) of row i."""
+    found = [
+        len(set(documents[rows[i : i + batch]])) for i in range(0, len(rows), batch)
+    ]
+    share = np.bincount(np.unique(documents, return_inverse=True)[1]) / len(documents)
+    expected = (1 - (1 - share) ** batch).sum()
+    correlation = np.corrcoef(rows[:-1], rows[1:])[0, 1]
+    mean = float(np.mean(found))
+    return Mixing(float(correlation), mean, mean / float(expected))

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import numpy as np
 from torch import Tensor
 
-from saeutils.storage import Folder, Written
+from saeutils.storage import Folder, Written, folder_at
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -39,7 +39,7 @@ class ShardedWriter:
 
     identity: Mapping[str, str]
 
-    def __init__(self, path: str | Path, manifest: dict[str, Any]) -> None:
+    def __init__(self, path: str | Path | Folder, manifest: dict[str, Any]) -> None:
         fresh = {
             **manifest,
             "complete": False,
@@ -48,7 +48,7 @@ class ShardedWriter:
             "columns": None,
             "shards": [],
         }
-        self.folder, self._closed = Folder(path), False
+        self.folder, self._closed = folder_at(path), False
         with ExitStack() as stack:
             stack.enter_context(self.folder.writing())
             self.manifest = self._take_up(fresh)
@@ -162,7 +162,9 @@ class ShardedStore:
         self._starts = np.cumsum([0] + [shard["rows"] for shard in manifest["shards"]])
 
     @classmethod
-    def open(cls: type[_Store], path: str | Path, *, partial: bool = False) -> _Store:
+    def open(
+        cls: type[_Store], path: str | Path | Folder, *, partial: bool = False
+    ) -> _Store:
         """Open the store at `path`, or the only store in a folder of stores.
 
         partial: also open a store that is not complete, with the rows it has.
@@ -170,7 +172,7 @@ class ShardedStore:
         is not complete, of a newer format, or whose files are missing or of the
         wrong size (`verify` also reads their content).
         """
-        folder = Folder(path)
+        folder = folder_at(path)
         if not folder.exists(MANIFEST):
             inside = [f for f in folder.folders() if (folder / f).exists(MANIFEST)]
             if len(inside) == 1:

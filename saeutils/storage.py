@@ -7,6 +7,7 @@ a kill or a power cut at any instant it is either complete or not there.
 import errno
 import hashlib
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -102,11 +103,32 @@ def _sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
+def folder_at(path: "str | Path | Folder") -> "Folder":
+    """The folder at a local path, or at a URL that fsspec knows ("s3://…")."""
+    if isinstance(path, Folder):
+        return path
+    if "://" in str(path):
+        from saeutils.remote import RemoteFolder
+
+        return RemoteFolder(str(path))
+    return Folder(path)
+
+
 class Folder:
     """A local folder of atomic files."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+
+    def stored(self) -> int:
+        """Bytes of the files in it; 0 when it is not there."""
+        files = self.path.iterdir() if self.path.is_dir() else []
+        return sum(file.stat().st_size for file in files)
+
+    def free(self) -> int | None:
+        """Bytes that the disk has left; None when nobody knows."""
+        parents = [self.path, *self.path.absolute().parents]
+        return shutil.disk_usage(next(p for p in parents if p.exists())).free
 
     def __str__(self) -> str:
         return str(self.path)

@@ -47,7 +47,7 @@ import torch
 from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
-from saeutils.order import FullShuffle
+from saeutils.order import BufferShuffle, FullShuffle, Segment
 from saeutils.sharded import ShardedStore
 from saeutils.storage import Folder
 from saeutils.store_writer import FORMAT, STORED, StoreWriter, as_stored
@@ -134,6 +134,8 @@ class Store(ABC):
         rank: int = 0,
         world_size: int = 1,
         shuffle: str = "full",
+        block: int = 1024,
+        blocks: int = 256,
         workers: int = 1,
     ) -> Iterator[Batch]:
         """Shuffled batches, in an order that depends on the seed and nothing else.
@@ -145,6 +147,9 @@ class Store(ABC):
         steps: the step to stop before; None: one epoch, the last batch short, and
             possibly none for the last ranks.
         start: the step to begin at, for resuming; costs nothing, whatever it is.
+        shuffle: "full", every order of rows equally likely; or "buffer", for disks
+            where reading row by row is slow: `blocks` random blocks of `block`
+            neighbouring rows are read and mixed in memory (as float32, twice).
         workers: threads that read ahead. 0 reads when asked. The batches are the
             same for any number.
         """
@@ -158,21 +163,24 @@ class Store(ABC):
             raise ValueError(
                 f"start {start}, steps {steps}, workers {workers}: none may be negative"
             )
-        if shuffle != "full":
-            raise ValueError(f'shuffle {shuffle!r}: expected "full"')
-        order = FullShuffle(n, seed)
         last = n if steps is None else steps * world_size * batch_size
-
         first, stride = (
             (start * world_size + rank) * batch_size,
             world_size * batch_size,
         )
+        tasks = range(first, last, stride)
+        if shuffle == "buffer":
+            buffers = BufferShuffle(n, seed, block, blocks)
+            return _buffered(self, buffers, tasks, batch_size, last)
+        if shuffle != "full":
+            raise ValueError(f'shuffle {shuffle!r}: expected "full" or "buffer"')
+        order = FullShuffle(n, seed)
 
         def read(at: int) -> Batch:
             index = order(at, min(at + batch_size, last))
             return Batch(self.gather(index), torch.from_numpy(index))
 
-        return _read_ahead(read, range(first, last, stride), workers)
+        return _read_ahead(read, tasks, workers)
 
 
 class ActivationStore(ShardedStore, Store):
@@ -185,6 +193,7 @@ class ActivationStore(ShardedStore, Store):
         self.d_in: int = manifest["d_in"]
         self.dtype: torch.dtype = getattr(torch, manifest["dtype"])
         self.hook: str = manifest["hook"]
+        self._maps: dict[int, np.ndarray] = {}
 
     def __repr__(self) -> str:
         return (
@@ -204,36 +213,35 @@ class ActivationStore(ShardedStore, Store):
 
     def _slice(self, start: int, stop: int) -> Float32[Tensor, "rows d_in"]:
         out = np.empty((stop - start, self.d_in), STORED[self.manifest["dtype"]])
-        first = int(np.searchsorted(self._starts, start, side="right")) - 1
+        number = int(np.searchsorted(self._starts, start, side="right")) - 1
         at = start
         while at < stop:
-            shard, offset = self._shards[first], at - self._starts[first]
+            shard, offset = self._shard(number), at - self._starts[number]
             part = shard[offset : offset + stop - at]
             out[at - start : at - start + len(part)] = part
-            at, first = at + len(part), first + 1
+            at, number = at + len(part), number + 1
         return self._as_float32(out)
 
     def _as_float32(self, stored: np.ndarray) -> Float32[Tensor, "rows d_in"]:
         native = stored.astype(stored.dtype.newbyteorder("="), copy=False)
         return torch.from_numpy(native).view(self.dtype).float()
 
-    @cached_property
-    def _shards(self) -> list[np.ndarray]:
-        shards = []
-        for shard in self.manifest["shards"]:
+    def _shard(self, number: int) -> np.ndarray:
+        if number not in self._maps:
+            shard = self.manifest["shards"][number]
             file = shard["files"]["rows"]["file"]
             rows = self.folder.map(file)
             expected = (shard["rows"], self.d_in), STORED[self.manifest["dtype"]]
             if (rows.shape, rows.dtype.str) != expected:
                 self._refuse([f"{file} holds {rows.shape} {rows.dtype.str}"])
-            shards.append(rows)
-        return shards
+            self._maps[number] = rows
+        return self._maps[number]
 
     @cached_property
     def _rows(self) -> Any:
         from saeutils._gather import ShardedRows  # numba takes a second to import
 
-        return ShardedRows(self._shards)
+        return ShardedRows([self._shard(i) for i in range(len(self._starts) - 1)])
 
 
 class TensorStore(Store):
@@ -302,6 +310,34 @@ def _check_index(index: np.ndarray, n: int) -> None:
         raise IndexError(
             f"rows {index.min()} … {index.max()} asked of a store of {n} rows"
         )
+
+
+def _buffered(
+    store: Store, order: BufferShuffle, tasks: range, batch_size: int, last: int
+) -> Iterator[Batch]:
+    """The batches at `tasks`, out of buffers that a thread fills one ahead."""
+    pool, buffers = ThreadPoolExecutor(1), {}
+
+    def fill(number: int) -> Tensor:
+        return torch.cat([store._slice(a, b) for a, b in order.spans(number)])
+
+    def rows(segment: Segment) -> Tensor:
+        for number in (segment.buffer, segment.buffer + 1):
+            if number not in buffers:
+                buffers[number] = pool.submit(fill, number)
+        for number in [old for old in buffers if old < segment.buffer]:
+            del buffers[number]
+        return buffers[segment.buffer].result()[torch.from_numpy(segment.places)]
+
+    try:
+        for at in tasks:
+            segments = order.segments(at, min(at + batch_size, last))
+            index = np.concatenate([segment.rows for segment in segments])
+            yield Batch(torch.cat([*map(rows, segments)]), torch.from_numpy(index))
+    finally:
+        for future in buffers.values():
+            future.cancel()
+        pool.shutdown(wait=False)
 
 
 def _read_ahead(

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saeutils.sharded import VERSION, Column, ShardedWriter
-from saeutils.storage import AtomicFile, explained
+from saeutils.storage import AtomicFile, Folder, explained
 
 FORMAT = "saeutils.activations"
 # Name of a dtype -> how its bits are stored. numpy has no bfloat16: its 16 bits are
@@ -50,7 +50,7 @@ class StoreWriter(ShardedWriter):
 
     def __init__(
         self,
-        path: str | Path,
+        path: str | Path | Folder,
         *,
         hook: str,
         d_in: int,

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import chi2, kstest
 
-from saeutils.order import FullShuffle, Permutation
+from saeutils.order import BufferShuffle, FullShuffle, Permutation, mixing
 
 
 def p_value(counts, expected):
@@ -113,3 +113,35 @@ def test_a_billion_rows_cost_no_more_memory_than_the_tables():
 def test_impossible_sizes(n):
     with pytest.raises(ValueError, match="permutation of"):
         Permutation(n, 0)
+
+
+@given(st.integers(1, 60), st.data())
+def test_a_buffer_shuffle_visits_each_row_once_and_in_any_parts(n, data):
+    block, blocks = data.draw(st.integers(1, 20)), data.draw(st.integers(1, 8))
+    seed = data.draw(st.integers(0, 5))
+    start = data.draw(st.integers(0, 3 * n))
+    stop = data.draw(st.integers(start, 4 * n))
+    whole = BufferShuffle(n, seed, block, blocks)(0, 4 * n)
+    for epoch in range(4):
+        assert set(whole[epoch * n : (epoch + 1) * n]) == set(range(n))
+    order = BufferShuffle(n, seed, block, blocks)
+    assert (order(start, stop) == whole[start:stop]).all()
+    for segment in order.segments(start, stop):
+        held = [r for a, b in order.spans(segment.buffer) for r in range(a, b)]
+        assert np.array(held)[segment.places].tolist() == segment.rows.tolist()
+
+
+def test_mixing_tells_an_ordered_from_a_buffered_from_a_full_shuffle():
+    n, batch = 2**17, 1024
+    documents = np.arange(n) // 128
+    in_order = mixing(np.arange(n), documents, batch)
+    full = mixing(FullShuffle(n, 0)(0, n), documents, batch)
+    buffered = mixing(BufferShuffle(n, 0, 256, 64)(0, n), documents, batch)
+    tiny = mixing(BufferShuffle(n, 0, 256, 4)(0, n), documents, batch)
+    assert in_order.correlation > 0.99 and in_order.documents == 8
+    assert abs(full.correlation) < 4.5 / math.sqrt(n)
+    assert full.share == pytest.approx(1, abs=0.01)
+    assert abs(buffered.correlation) < 0.05
+    assert 8 == tiny.documents < buffered.documents < full.documents
+    # 64 blocks hold 128 documents; a batch of 1024 meets nearly all of them.
+    assert 120 < buffered.documents <= 128

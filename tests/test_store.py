@@ -119,11 +119,15 @@ def test_the_order_is_the_same_for_any_resume_ranks_and_workers(data):
     start = data.draw(st.integers(0, steps))
     workers = data.draw(st.integers(0, 3))
     seed = data.draw(st.integers(0, 9))
+    options = {"shuffle": data.draw(st.sampled_from(["full", "buffer"]))}
+    options |= {"block": data.draw(st.integers(1, 9)), "blocks": 3}
     store = TensorStore(torch.randn(n, 2))
     # The reference: one reader, from the start, reading when asked.
     flat = [
         i
-        for b in store.batches(batch, seed=seed, steps=steps * world, workers=0)
+        for b in store.batches(
+            batch, seed=seed, steps=steps * world, workers=0, **options
+        )
         for i in b.index.tolist()
     ]
     assert len(flat) == steps * world * batch
@@ -136,6 +140,7 @@ def test_the_order_is_the_same_for_any_resume_ranks_and_workers(data):
             rank=rank,
             world_size=world,
             workers=workers,
+            **options,
         )
         for s, (rows, index) in enumerate(got, start=start):
             at = (s * world + rank) * batch
@@ -203,6 +208,7 @@ def test_rows_that_are_not_there(store, index):
         {"steps": -1},
         {"workers": -1},
         {"shuffle": "none"},
+        {"block": 0, "shuffle": "buffer"},
     ],
 )
 def test_wrong_reading_options_are_refused_at_once(store, wrong):
