@@ -135,7 +135,8 @@ def resample(
     alive[dead] = False
     norms = params["W_enc_T"].norm(dim=1)
     unit = norms[alive].mean() if alive.any() else norms.mean()
-    params["W_dec"][dead] = direction
+    size = params["W_dec"].norm(dim=1)[alive if alive.any() else ~alive].mean()
+    params["W_dec"][dead] = size * direction
     params["W_enc_T"][dead] = length * unit * direction
     params["b_enc"][dead] = 0
     for moment in moments:

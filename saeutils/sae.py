@@ -83,6 +83,43 @@ def initial_params(
 
 
 @torch.no_grad()
+def fold_decoder_norm(params: Params) -> Params:
+    """The same SAE with unit-norm decoder rows: W_dec[j] / n_j, encoder · n_j.
+
+    With n_j = ‖W_dec[j]‖, latent j becomes n_j z_j: its encoder and its biases are
+    multiplied by n_j. Parameters that do not scale are shared, not copied.
+    """
+    norms = params["W_dec"].norm(dim=1).clamp_min(1e-12)
+    folded = params | {
+        "W_dec": params["W_dec"] / norms.unsqueeze(1),
+        "W_enc_T": params["W_enc_T"] * norms.unsqueeze(1),
+        "b_enc": params["b_enc"] * norms,
+    }
+    if "b_mag" in params:
+        folded["b_mag"] = params["b_mag"] * norms
+    return folded
+
+
+@torch.no_grad()
+def unfold_gradients(params: Params, folded: Params, grads: Params) -> None:
+    """From gradients of `fold_decoder_norm(params)` to those of `params`, in place.
+
+    With u = W_dec[j] / n_j:  ∂L/∂n_j = ∂L/∂W'_enc[j] · W_enc[j] + ∂L/∂b'_j b_j,
+    ∂L/∂W_dec[j] = (∂L/∂u − (∂L/∂u · u) u) / n_j + ∂L/∂n_j u.
+    """
+    norms = params["W_dec"].norm(dim=1).clamp_min(1e-12)
+    grad_norm = torch.linalg.vecdot(grads["W_enc_T"], params["W_enc_T"])
+    for name in ("b_enc", "b_mag"):
+        if name in params:
+            grad_norm += grads[name] * params[name]
+            grads[name].mul_(norms)
+    grads["W_enc_T"].mul_(norms.unsqueeze(1))
+    along = torch.linalg.vecdot(grads["W_dec"], folded["W_dec"])
+    grads["W_dec"].div_(norms.unsqueeze(1))
+    grads["W_dec"].addcmul_((grad_norm - along / norms).unsqueeze(1), folded["W_dec"])
+
+
+@torch.no_grad()
 def export(
     params: Params,
     architecture: str,

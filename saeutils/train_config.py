@@ -10,6 +10,7 @@ _OPTIONS = {
     "input_scale": ("sqrt_d", "none"),
     "b_dec_init": ("mean", "median", "zero"),
     "decoder_init": ("random", "data"),
+    "decoder_norm": ("folded", "unit", "free"),
     "encoder_init": ("tied", "random"),
     "revival": ("auxk", "ghost", "resample"),
     "encoder_dtype": ("float32", "bfloat16"),
@@ -52,8 +53,9 @@ class TrainConfig:
     """Linear rise of l1/l0_coefficient; None: steps // 10."""
     betas: tuple[int | float, int | float] = (0.9, 0.999)
     """Adam's."""
-    grad_clip: int | float | None = None
-    """Largest allowed norm of the whole gradient."""
+    grad_clip: int | float | None = 1.0
+    """Largest norm of the whole gradient, None for any. Early gradients are large,
+    and Adam would remember them for 1/(1 − β₂) steps."""
 
     seed: int = 0
     """Of the start values."""
@@ -74,10 +76,16 @@ class TrainConfig:
     """Length of W_enc's start vectors."""
     pre_encoder_bias: bool = True
     """The encoder sees x − b_dec."""
-    unit_norm_decoder: bool = True
-    """Rows of W_dec are scaled to length 1 after every step."""
+    decoder_norm: str = "folded"
+    """Length of W_dec's rows. unit: 1 after every step. free: whatever it becomes.
+    folded: free, but latents are chosen and used as if the row had length 1 and its
+    encoder were that much longer (sae_lens: rescale_acts_by_decoder_norm), which
+    lets Adam turn short rows fast and long ones slowly."""
+    decoder_init_norm: int | float | None = None
+    """Length of W_dec's rows at the start; None: 0.3 for folded, else 1."""
     remove_parallel_grad: bool = True
-    """Drop the part of W_dec's gradient that would only change a row's length."""
+    """With decoder_norm="unit": drop the part of W_dec's gradient that would only
+    change a row's length."""
 
     revival: tuple[str, ...] = ("auxk",)
     """What is done about dead latents: auxk, ghost, resample (see
@@ -153,10 +161,22 @@ class TrainConfig:
             self.resample_length > 0,
             f"resample_length must be positive, got {self.resample_length}",
         )
+        need(self.init_norm > 0, "decoder_init_norm must be positive")
+        need(
+            self.decoder_norm != "unit" or self.init_norm == 1,
+            'decoder_norm="unit" starts at decoder_init_norm 1',
+        )
         need(
             self.warm_up + self.decay <= self.steps,
             f"lr warm-up {self.warm_up} + decay {self.decay} exceed steps {self.steps}",
         )
+
+    @property
+    def init_norm(self) -> int | float:
+        """Length of W_dec's rows at the start."""
+        if self.decoder_init_norm is None:
+            return 0.3 if self.decoder_norm == "folded" else 1
+        return self.decoder_init_norm
 
     @property
     def warm_up(self) -> int:

