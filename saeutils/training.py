@@ -151,10 +151,14 @@ def train_many(
         raise ValueError(f"eval_rows have d_in {eval_rows.d_in}, rows {store.d_in}")
     folders = _folders or [path and Path(path) / str(i) for i in range(len(configs))]
     trainers = [Trainer(store, c, group) for c in configs]
+    if group.rank > 0:
+        group.barrier()  # rank 0 makes the folders
     saved = [
-        f and runs.Run(f, c, store, group.rank)
-        for f, c in zip(folders, configs, strict=True)
+        folder and runs.Run(folder, config, store, group.rank)
+        for folder, config in zip(folders, configs, strict=True)
     ]
+    if group.rank == 0:
+        group.barrier()
     for trainer, run in zip(trainers, saved, strict=True):
         if run and run.checkpoint:
             trainer.load(run.checkpoint)
@@ -197,7 +201,8 @@ def train_many(
     except KeyboardInterrupt:
         interrupted = True
     except RuntimeError as error:
-        if group.world_size == 1 or isinstance(error, FloatingPointError):
+        lost = any(word in str(error) for word in ("gloo", "NCCL", "onnection"))
+        if group.world_size == 1 or not lost:
             raise
         raise ConnectionError(
             f"rank {group.rank}: another process of this run was lost at step "
