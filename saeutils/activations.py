@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from saeutils.datasets import ImageData
+from saeutils.distributed import Group, current_group
 from saeutils.inputs import (
     Array,
     Inputs,
@@ -30,6 +31,7 @@ from saeutils.inputs import (
 )
 from saeutils.layout import HookRows, Layout, Plan
 from saeutils.models import evaluation_mode, hook_point
+from saeutils.parts import Part
 from saeutils.sharded import Column
 from saeutils.storage import Folder, folder_at
 from saeutils.store import ActivationStore
@@ -51,6 +53,7 @@ def save_activations(
     dtype: str = "float32",
     seed: int | None = None,
     shard_bytes: int = SHARD_BYTES,
+    part: tuple[int, int] | None = None,
     progress: bool = True,
 ) -> dict[str, ActivationStore]:
     """Run the model over the inputs and store what its named modules put out.
@@ -81,6 +84,9 @@ def save_activations(
     budget: bytes on disk that the rows may take (default: what is free).
     dtype: of the stored rows: float32, float16 or bfloat16.
     seed: recorded with the store, e.g. the one that the inputs were drawn with.
+    part: (rank, world_size), to do only that part of the inputs; whoever completes the
+        last part seals the store, and before that it is not among the results.
+        Default: as torchrun says, whose processes wait for one another.
     progress: print the plan, and show a bar with inputs/s and the time left.
 
     The model runs in eval mode, without gradients and on the device of its
@@ -111,55 +117,71 @@ def save_activations(
         plans = [rows[h].plan(h, dtype, shard_bytes) for h in hooks]
         folders = {h: folder_at(path) / quote(h, safe="") for h in hooks}
         _refuse_what_does_not_fit(plans, folders, budget)
-        fingerprint = model_fingerprint(model)
-        which = _describe(positions, source, model)
+        group = current_group() if part is None else Group()
+        share = Part.of(source.n, batch_size, *(part or group))
+        wholes = {}
         with ExitStack() as stack:
             writers = {}
             for plan in plans:
-                settings = {"layout": rows[plan.hook].layout.text, "positions": which}
+                wholes[plan.hook] = whole = {
+                    "hook": plan.hook,
+                    "d_in": plan.d_in,
+                    "dtype": dtype,
+                    "expected_rows": plan.rows,
+                    "model": model_fingerprint(model),
+                    "data": source.fingerprint,
+                    "seed": seed,
+                    "settings": {
+                        "layout": rows[plan.hook].layout.text,
+                        "positions": _describe(positions, source, model),
+                    },
+                }
+                first, stop = map(rows[plan.hook].before, (share.start, share.stop))
+                if first == stop or share.is_sealed(folders[plan.hook], whole):
+                    continue
                 writers[plan.hook] = StoreWriter(
-                    folders[plan.hook],
-                    hook=plan.hook,
-                    d_in=plan.d_in,
-                    dtype=dtype,
-                    expected_rows=plan.rows,
+                    share.folder(folders[plan.hook]),
+                    **{**whole, "expected_rows": stop - first},
                     rows_per_shard=plan.rows_per_shard,
-                    model=fingerprint,
-                    data=source.fingerprint,
-                    seed=seed,
-                    settings=settings,
                 )
                 stack.enter_context(writers[plan.hook])
             if not all(writer.complete for writer in writers.values()):
-                _fill(writers, rows, source, run, plans, batch_size, progress)
-    return {hook: ActivationStore.open(folders[hook]) for hook in hooks}
+                _fill(writers, rows, source, run, plans, batch_size, share, progress)
+    sealed = [hook for hook in hooks if share.seal(folders[hook], wholes[hook])]
+    group.barrier()
+    ready = sealed if part else hooks
+    return {hook: ActivationStore.open(folders[hook]) for hook in ready}
 
 
 def _fill(
     writers: dict[str, StoreWriter],
-    rows: dict[str, "HookRows"],
+    rows: dict[str, HookRows],
     source: Inputs,
     run: Callable[..., dict[str, Tensor]],
     plans: list[Plan],
     batch_size: int,
+    share: Part,
     progress: bool,
 ) -> None:
-    """The pass over the inputs, from the first batch that any store lacks."""
-    known = {hook: writer.rows_done for hook, writer in writers.items()}
+    """The pass over this process's inputs, from the first batch that a store lacks."""
+    begin, end = share.start, share.stop
+    known = {h: w.rows_done + rows[h].before(begin) for h, w in writers.items()}
     done = min(rows[hook].inputs_in(known[hook]) for hook in known)
     first = done // batch_size * batch_size
     if progress:
         began = time.perf_counter()
-        run(source.batch(first, min(first + batch_size, source.n)))
-        seconds = (time.perf_counter() - began) * (source.n - first) / batch_size
+        run(source.batch(first, min(first + batch_size, end)))
+        seconds = (time.perf_counter() - began) * (end - first) / batch_size
         print(*plans, f"in about {seconds:,.0f} s", sep="\n")
     writing: list[Future] = []
     with (
         ThreadPoolExecutor(len(writers)) as pool,  # writes while the model goes on
-        tqdm(total=source.n, initial=done, unit="in", disable=not progress) as bar,
+        tqdm(
+            total=end - begin, initial=done - begin, unit="in", disable=not progress
+        ) as bar,
     ):
-        for start in range(first, source.n, batch_size):
-            stop = min(start + batch_size, source.n)
+        for start in range(first, end, batch_size):
+            stop = min(start + batch_size, end)
             outputs = run(source.batch(start, stop))
             for future in writing:
                 future.result()

@@ -50,7 +50,7 @@ class RemoteFolder(Folder):
     def stored(self) -> int:
         if not self._fs.isdir(self._root):
             return 0
-        return sum(entry["size"] or 0 for entry in self._fs.ls(self._root, detail=True))
+        return self._fs.du(self._root)
 
     def free(self) -> None:
         return None
@@ -102,7 +102,7 @@ class RemoteFolder(Folder):
         """Nothing unfinished ever gets there."""
 
     @contextmanager
-    def writing(self) -> Iterator[None]:
+    def writing(self, wait: int = 0) -> Iterator[None]:
         """Make the folder (object stores need none). There is no lock."""
         self._fs.makedirs(self._root, exist_ok=True)
         yield

@@ -60,17 +60,7 @@ class ShardedWriter:
             self.folder.write(MANIFEST, as_json(fresh))
             return fresh
         old = read_manifest(self.folder, fresh["format"])
-        fresh = json.loads(as_json(fresh))  # tuples become lists, as in the file
-        changed = [
-            f"{what} changed from {old[key]!r} to {fresh[key]!r}"
-            for key, what in self.identity.items()
-            if old[key] != fresh[key]
-        ]
-        if changed:
-            raise ValueError(
-                f"{self.folder} holds a store of something else: {'; '.join(changed)}. "
-                "Choose another path, or delete that folder"
-            )
+        refuse_changes(self.folder, old, fresh, self.identity)
         return old
 
     @property
@@ -175,6 +165,11 @@ class ShardedStore:
         folder = folder_at(path)
         if not folder.exists(MANIFEST):
             inside = [f for f in folder.folders() if (folder / f).exists(MANIFEST)]
+            if any(name.startswith("part-") for name in inside):
+                raise ValueError(
+                    f"{folder} is not complete: its parts {', '.join(inside)} are not "
+                    "yet joined; run the missing ones, or open one of these"
+                )
             if len(inside) == 1:
                 folder = folder / inside[0]
             elif inside:
@@ -310,6 +305,26 @@ class _File(NamedTuple):
         if found in owner:
             return f"{self.file} holds what belongs to {owner[found]}"
         return f"{self.file} is damaged (sha256 differs)"
+
+
+def refuse_changes(
+    folder: Folder,
+    old: Mapping[str, Any],
+    new: Mapping[str, Any],
+    identity: Mapping[str, str],
+) -> None:
+    """Raises ValueError when a manifest is not that of what is to be written."""
+    new = json.loads(as_json(new))  # tuples become lists, as in the file
+    changed = [
+        f"{what} changed from {old[key]!r} to {new[key]!r}"
+        for key, what in identity.items()
+        if old[key] != new[key]
+    ]
+    if changed:
+        raise ValueError(
+            f"{folder} holds a store of something else: {'; '.join(changed)}. "
+            "Choose another path, or delete that folder"
+        )
 
 
 def as_json(manifest: Mapping[str, Any]) -> bytes:

@@ -122,8 +122,7 @@ class Folder:
 
     def stored(self) -> int:
         """Bytes of the files in it; 0 when it is not there."""
-        files = self.path.iterdir() if self.path.is_dir() else []
-        return sum(file.stat().st_size for file in files)
+        return sum(f.stat().st_size for f in self.path.rglob("*") if f.is_file())
 
     def free(self) -> int | None:
         """Bytes that the disk has left; None when nobody knows."""
@@ -181,8 +180,8 @@ class Folder:
             path.unlink()
 
     @contextmanager
-    def writing(self) -> Iterator[None]:
-        """Make the folder and hold its lock.
+    def writing(self, wait: int = 0) -> Iterator[None]:
+        """Make the folder and hold its lock, waiting for it some seconds at most.
 
         The lock is the kernel's: it vanishes with the process, however that ends.
         Raises OSError when the folder cannot be written, and ValueError when
@@ -190,7 +189,7 @@ class Folder:
         """
         from filelock import FileLock, Timeout
 
-        lock = FileLock(self.path / ".lock", timeout=0)
+        lock = FileLock(self.path / ".lock", timeout=wait)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             lock.acquire()
