@@ -134,6 +134,7 @@ def save_activations(
                     "settings": {
                         "layout": rows[plan.hook].layout.text,
                         "positions": _describe(positions, source, model),
+                        "grid": rows[plan.hook].grid,
                     },
                 }
                 first, stop = map(rows[plan.hook].before, (share.start, share.stop))

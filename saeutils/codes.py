@@ -11,8 +11,8 @@ A folder with a manifest, as in `saeutils.store`; one shard is a block of rows i
 
 manifest.json has format "saeutils.codes", version, complete, byteorder, rows,
 expected_rows, columns and shards as there, and d_sae, dtype (of values), nnz, sae and
-data (fingerprints of the SAE and of the store). Every file of a shard is listed with
-its bytes and sha256.
+data (fingerprints of the SAE and of the store), and the store's settings. Every file
+of a shard is listed with its bytes and sha256.
 
 The columns (made when first asked for) are a second copy of the entries, sorted by
 latent: columns.indptr.npy (d_sae + 1,) <i8, columns.rows.npy <u4 or <i8, and
@@ -22,7 +22,7 @@ columns.values.npy; they are there when columns.json names the files.
 import hashlib
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,6 +33,7 @@ from jaxtyping import Float32, Int64
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from saeutils.context import Context, context
 from saeutils.inputs import content
 from saeutils.kernels import Codes
 from saeutils.sharded import VERSION, ShardedStore, ShardedWriter, as_json
@@ -118,6 +119,12 @@ class CodeStore(ShardedStore):
             values[target] = self._shard(s, "values")[source]
         parts = (torch.from_numpy(part) for part in (indptr, indices, values))
         return Codes(*parts)
+
+    def context(
+        self, row: int, before: int = 10, after: int = 10, **how: Any
+    ) -> Context:
+        """The text around a row's token, or its image and patch: see `context`."""
+        return context(self, row, before, after, **how)
 
     @cached_property
     def counts(self) -> Int64[Tensor, " d_sae"]:
@@ -213,6 +220,7 @@ class CodeWriter(ShardedWriter):
         dtype: str = "float32",
         sae: str | None = None,
         data: str | None = None,
+        settings: Mapping[str, Any] | None = None,
     ) -> None:
         if dtype not in VALUES:
             raise ValueError(f"dtype {dtype!r}: expected one of {', '.join(VALUES)}")
@@ -225,6 +233,7 @@ class CodeWriter(ShardedWriter):
             "expected_rows": expected_rows,
             "sae": sae,
             "data": data,
+            "settings": dict(settings or {}),
         }
         super().__init__(path, manifest)
         self._chunks: list[Codes] = []
@@ -330,6 +339,7 @@ def encode(
         dtype=dtype,
         sae=sae_fingerprint(sae),
         data=store.fingerprint,
+        settings=getattr(store, "manifest", {}).get("settings"),
     )
     with writer, torch.no_grad():
         bar = tqdm(

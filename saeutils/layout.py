@@ -117,7 +117,11 @@ class HookRows:
             per_position = layout.positions // self._length
             self._starts = np.cumsum([0, *(kept.counts * per_position)])
         self._where = dict(layout.where)
+        self.grid = None
+        if {"row", "column"} <= layout.axes.keys():
+            self.grid = layout.axes["row"], layout.axes["column"]
         if grid is not None and self._length and self._length >= math.prod(grid):
+            self.grid = grid
             place = self._where["position"] - (self._length - math.prod(grid))
             for name, number in zip(
                 ("row", "column"), np.divmod(place, grid[1]), strict=True

@@ -30,7 +30,9 @@ manifest.json is UTF-8 JSON with these keys:
                        provenance when there are no columns
 
 Row i of the store is row i − (rows of the shards before) of its shard. Files that
-the manifest does not list are leftovers. Values are finite, always.
+the manifest does not list are leftovers. Values are finite, always. A store written
+by several processes lists files in the folders part-RRRRR-of-WWWWW, each of which is a
+store too (`saeutils.parts`). docs/formats.md says all this at more length.
 """
 
 import hashlib
@@ -47,6 +49,7 @@ import torch
 from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
+from saeutils.context import Context, context
 from saeutils.order import BufferShuffle, FullShuffle, Segment
 from saeutils.sharded import ShardedStore
 from saeutils.storage import Folder
@@ -109,6 +112,12 @@ class Store(ABC):
     @abstractmethod
     def fingerprint(self) -> str:
         """sha256 (hex) of the stored rows and their provenance."""
+
+    def context(
+        self, row: int, before: int = 10, after: int = 10, **how: Any
+    ) -> Context:
+        """The text around a row's token, or its image and patch: see `context`."""
+        return context(self, row, before, after, **how)
 
     def __getitem__(self, rows: slice) -> Float32[Tensor, "rows d_in"]:
         start, stop, step = rows.indices(len(self))
