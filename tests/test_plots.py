@@ -41,6 +41,15 @@ def firing_density(**changes):
     return SimpleNamespace(**(values | changes))
 
 
+RUNS = pd.DataFrame(
+    {
+        "name": ["naive", "naive", "tied", "naive"],
+        "lr": [0.1, 0.2, 0.1, 0.1],
+        "dead %": [80.0, 70.0, 1.0, 90.0],
+        "FVU": [0.5, 0.4, 0.1, 0.6],
+    }
+)
+
 EVERY_FIGURE = {
     "loss": lambda: plots.loss_curves(
         {"a": pd.DataFrame({"step": [0, 1], "fvu": [1.0, 0.5]})}
@@ -51,6 +60,7 @@ EVERY_FIGURE = {
     "dots": lambda: plots.dots(
         pd.DataFrame({"name": ["a", "b"], "FVU": [0.1, 0.2]}), "FVU", title="t"
     ),
+    "ladder": lambda: plots.ladder(RUNS, ["dead %", "FVU"], group="lr", title="t"),
     "density": lambda: plots.density({"a": firing_density()}),
     "cumulative": lambda: plots.cumulative(
         {"a": normal(9), "none": torch.tensor([math.nan])},
@@ -254,3 +264,21 @@ def test_pca_map_gives_every_class_its_points_and_shows_the_shares():
     assert fig.data[1].marker.color == fig.data[3].marker.color
     assert "25.0 %" in fig.layout.xaxis.title.text
     assert "12.5 %" in fig.layout.yaxis.title.text
+
+
+def test_ladder_puts_every_run_on_the_line_of_its_name_in_every_panel():
+    fig = plots.ladder(
+        RUNS, ["dead %", "FVU"], group="lr", title="t", nulls={"FVU": 1.0}
+    )
+    assert [t.name for t in fig.data] == ["0.1", "0.2"] * 2  # a panel after the other
+    assert [t.showlegend for t in fig.data] == [True, True, False, False]
+    assert fig.data[0].x.tolist() == [80, 1, 90]
+    assert fig.data[3].x.tolist() == [0.4]
+    line = dict(zip(fig.layout.yaxis.ticktext, fig.layout.yaxis.tickvals, strict=True))
+    assert line["naive"] > line["tied"]  # from top to bottom
+    for trace in fig.data:
+        for name, y in zip(trace.customdata, trace.y, strict=True):
+            assert abs(y - line[name]) < 0.3
+    assert fig.data[0].y[0] > fig.data[1].y[0]  # groups apart, in order
+    (null,) = fig.layout.shapes
+    assert (null.x0, null.xref) == (1.0, "x2")
