@@ -3,9 +3,10 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 from test_training import config, sparse_rows
 
-from saeutils.sweep import frontier, grid
+from saeutils.sweep import frontier, grid, match_l0, train_all
 from saeutils.training import train_many
 
 
@@ -59,3 +60,35 @@ def test_frontier_of_real_runs():
     assert table.l0.tolist() == pytest.approx([2, 8], rel=0.05)
     assert table.fvu.is_monotonic_decreasing
     assert table.pareto.all()
+
+
+def test_all_by_name_equals_each_alone():
+    rows = sparse_rows()
+    configs = {"b": config(), "a": config(batch_size=32), 7: config(seed=1)}
+    together = train_all(rows, configs, progress=False)
+    assert list(together) == ["b", "a", 7]
+    for name, result in together.items():
+        assert result.config == configs[name]
+        alone = train_many(rows, [configs[name]], progress=False)[0]
+        assert torch.equal(result.sae.W_dec, alone.sae.W_dec)
+
+
+def test_l1_is_chosen_so_that_as_many_latents_fire_as_asked_for():
+    rows = sparse_rows()
+    given = {"l1": config("l1", steps=200), "topk": config()}
+    options = dict(coefficients=[0.4, 0.8, 1.6, 3.2, 6.4], progress=False)
+    reached = []
+    for wanted in (6, 12):
+        chosen = match_l0(rows, given, wanted, **options)
+        assert chosen["topk"] is given["topk"]
+        result = train_all(rows, {"l1": chosen["l1"]}, progress=False)["l1"]
+        reached.append(result.history.l0.iloc[-1])
+    assert reached == pytest.approx([6, 12], rel=0.15)
+    out_of_reach = match_l0(rows, given, 1e-6, **options)["l1"]
+    assert out_of_reach.l1_coefficient == pytest.approx(6.4)
+
+
+@pytest.mark.parametrize("coefficients", [[], [2.0, 1.0], [0.0, 1.0]])
+def test_l1_coefficients_that_cannot_be(coefficients):
+    with pytest.raises(ValueError, match="positive and rise"):
+        match_l0(sparse_rows(), {"l1": config("l1")}, 4, coefficients)
