@@ -298,7 +298,7 @@ class Trainer:
                 f"step {self.done}: L0 is {row['l0']:.3g} and no latent "
                 "tells rows apart: the codes have collapsed (sparsity too high?)",
             )
-        if 2 * row["dead"] > self.config.d_sae:
+        if 2 * row["dead"] > self.config.d_sae and 2 * self.done >= self.config.steps:
             self._warn(
                 "dead",
                 f"step {self.done}: {row['dead']} of {self.config.d_sae} latents have "

@@ -1,4 +1,4 @@
-// Unpacks plotly.js from the page, and draws each figure when it comes near.
+// Unpacks plotly.js from the page, and draws the figures, those in view first.
 (() => {
   const packed = document.getElementById("plotly");
   const index = document.body.classList.contains("index");
@@ -54,6 +54,10 @@
     );
     boxes.forEach((box) => near.observe(box));
     addEventListener("beforeprint", () => boxes.forEach(draw));
+    // Then the rest, one by one, so that printing and saving find them all drawn.
+    addEventListener("load", () => setTimeout(async () => {
+      for (const box of boxes) await draw(box);
+    }, 500));
   }
 
   const fold = document.getElementById("fold");
