@@ -282,3 +282,5 @@ def test_ladder_puts_every_run_on_the_line_of_its_name_in_every_panel():
     assert fig.data[0].y[0] > fig.data[1].y[0]  # groups apart, in order
     (null,) = fig.layout.shapes
     assert (null.x0, null.xref) == (1.0, "x2")
+    low, high = fig.layout.xaxis.range
+    assert low < 0 and high > 90

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
@@ -66,7 +67,11 @@ def ladder(
                 ),
                 **where,
             )
-        fig.update_xaxes(rangemode="tozero", nticks=5, **where)
+        # Zero is in the panel, and dots on it are clear of the names.
+        values = array(frame[column])
+        low, high = min(0.0, np.nanmin(values)), max(0.0, np.nanmax(values))
+        margin = 0.05 * (high - low) or 1.0
+        fig.update_xaxes(range=[low - margin, high + margin], nticks=5, **where)
         if nulls and column in nulls:
             null = dict(color=NULL, width=1.5, dash="dot")
             fig.add_vline(x=nulls[column], line=null, **where)
