@@ -8,10 +8,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from saeutils.store import TensorStore
 
 from saeutils.baselines import Dictionary
 from saeutils.examples import Codes, class_profile, top_examples
+from saeutils.store import TensorStore
 
 
 @pytest.fixture

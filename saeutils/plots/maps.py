@@ -9,7 +9,6 @@ from plotly.subplots import make_subplots
 
 from saeutils.plots.style import (
     CLASSES,
-    INK,
     LINES,
     NULL,
     array,
