@@ -19,9 +19,11 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
+import numpy as np
 import torch
 
 from saeutils.activations import save_activations
+from saeutils.order import BufferShuffle, FullShuffle, mixing
 from saeutils.store import ActivationStore
 
 D, CONTEXT, VOCABULARY, BATCH = 256, 128, 1000, 4096
@@ -188,6 +190,7 @@ def reading(model: torch.nn.Module, n: int, rounds: int, at: Path) -> None:
         **{
             "ours, full shuffle, no thread": shuffled(0),
             "ours, full shuffle, 1 thread": shuffled(1),
+            "ours, buffer shuffle": shuffled(1, "buffer"),
             "ours, in order": in_order,
             "sae_lens, mixing buffer": peer_mixed,
             "sae_lens, in order": peer_in_order,
@@ -198,6 +201,23 @@ def reading(model: torch.nn.Module, n: int, rounds: int, at: Path) -> None:
     print(f"\nReading {n * CONTEXT:,} rows, {gigabytes:.2f} GB")
     for name, total in seconds.items():
         print(f"  {name:30} {gigabytes / total:5.2f} GB/s, {slowest / total:5.1f} ×")
+
+
+def mixing_quality(n: int) -> None:
+    documents = np.arange(n) // CONTEXT
+    orders = {
+        "full": FullShuffle(n, 0),
+        "buffer, 256 blocks of 1024": BufferShuffle(n, 0, 1024, 256),
+        "buffer, 64 blocks of 1024": BufferShuffle(n, 0, 1024, 64),
+        "buffer, 8 blocks of 1024": BufferShuffle(n, 0, 1024, 8),
+    }
+    print(f"\nMixing {n:,} rows of texts of {CONTEXT}, in batches of {BATCH}")
+    for name, order in orders.items():
+        quality = mixing(order(0, n), documents, BATCH)
+        print(
+            f"  {name:30} correlation of successive rows {quality.correlation:+.4f}, "
+            f"{quality.documents:5.0f} documents a batch ({quality.share:.0%})"
+        )
 
 
 def main() -> None:
@@ -213,6 +233,7 @@ def main() -> None:
     n = arguments.rows // CONTEXT // 32 * 32
     with tempfile.TemporaryDirectory() as folder:
         reading(model, n, arguments.rounds, Path(folder))
+        mixing_quality(10 * arguments.rows)
         writing(n, arguments.batch, arguments.rounds, Path(folder))
 
 

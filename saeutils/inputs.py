@@ -55,7 +55,7 @@ class Inputs:
         self.n = next(iter(lengths.values()))
         self._images = isinstance(parts, ImageData)
         own.setdefault("id", np.arange(self.n))
-        self.columns = {k: np.asarray(v) for k, v in {**own, **provenance}.items()}
+        self.columns = {k: as_array(v) for k, v in {**own, **provenance}.items()}
         for name, values in self.columns.items():
             if values.shape != (self.n,):
                 raise ValueError(
@@ -128,7 +128,7 @@ def kept_positions(
                 f"{positions.dtype}: expected one truth value for each of {n} inputs × "
                 f"{length} positions"
             )
-        return Kept(n, length, lambda a, b: np.asarray(positions[a:b]))
+        return Kept(n, length, lambda a, b: as_array(positions[a:b]))
     if positions is None and inputs.tokens is not None:
         return _without_special_tokens(inputs, length, model)
     if positions is None or (isinstance(positions, str) and positions == "all"):
@@ -159,9 +159,9 @@ def _without_special_tokens(
         return None
 
     def mask(start: int, stop: int) -> Bool[np.ndarray, "part length"]:
-        keep = ~np.isin(np.asarray(inputs.tokens[start:stop]), special)
+        keep = ~np.isin(as_array(inputs.tokens[start:stop]), special)
         if inputs.attention is not None:
-            keep &= np.asarray(inputs.attention[start:stop]).astype(bool)
+            keep &= as_array(inputs.attention[start:stop]).astype(bool)
         return keep
 
     return Kept(inputs.n, length, mask)
@@ -185,6 +185,11 @@ def patch_grid(model: nn.Module) -> tuple[int, int] | None:
     if not isinstance(image, int) or not isinstance(patch, int):
         return None
     return image // patch, image // patch
+
+
+def as_array(values: Column) -> np.ndarray:
+    """A tensor on any device, an array or a list, as an array."""
+    return np.asarray(values.cpu() if isinstance(values, Tensor) else values)
 
 
 def content(part: Array) -> bytes | memoryview:

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from saeutils.inputs import Inputs, Kept
+from saeutils.inputs import Inputs, Kept, as_array
 from saeutils.store_writer import STORED
 
 
@@ -163,7 +163,7 @@ class HookRows:
             records[name] = np.tile(places, stop - start)
         tokens = self._source.tokens
         if tokens is not None and tokens.shape[1] == self._length:
-            part = np.asarray(tokens[start:stop]).astype(np.int32)
+            part = as_array(tokens[start:stop]).astype(np.int32)
             records["token"] = part.reshape(-1).repeat(each // self._length)
         mask = self._mask(start, stop)
         return records if mask is None else {k: v[mask] for k, v in records.items()}

@@ -139,6 +139,7 @@ class BufferShuffle:
         self.n_blocks = -(-n // block)
         self.n_buffers = -(-self.n_blocks // blocks)
         self._epoch = lru_cache(2)(self._plan)
+        self._buffer = lru_cache(4)(self._fill)
 
     def __call__(self, start: int, stop: int) -> Int64[np.ndarray, " rows"]:
         """Rows at positions start … stop − 1 of the endless stream."""
@@ -154,17 +155,24 @@ class BufferShuffle:
             number = int(np.searchsorted(starts, at, side="right")) - 1
             first, size = int(starts[number]), int(starts[number + 1] - starts[number])
             end = min(size, at - first + stop - start)
-            inside = Permutation(size, self.seed, epoch, 1 + number)
+            buffer = epoch * self.n_buffers + number
+            inside, begins, ends = self._buffer(buffer, size)
             places = inside(np.arange(at - first, end))
-            of_block = self.spans(epoch * self.n_buffers + number)
-            ends = np.cumsum([b - a for a, b in of_block])
-            which = np.searchsorted(ends, places, side="right")
-            begins = np.array([a for a, _ in of_block])
-            before = ends - np.array([b - a for a, b in of_block])
-            rows = begins[which] + places - before[which]
-            segments.append(Segment(epoch * self.n_buffers + number, places, rows))
+            # Places count rows of the buffer: those of block b end before ends[b].
+            block = np.searchsorted(ends, places, side="right")
+            rows = begins[block] + places - (ends - np.diff(ends, prepend=0))[block]
+            segments.append(Segment(buffer, places, rows))
             start += end - (at - first)
         return segments
+
+    def _fill(
+        self, buffer: int, size: int
+    ) -> tuple[Permutation, np.ndarray, np.ndarray]:
+        """Order of a buffer's rows; first row and end of each block in it."""
+        epoch, number = divmod(buffer, self.n_buffers)
+        begins, stops = np.array(self.spans(buffer)).T
+        order = Permutation(size, self.seed, epoch, 1 + number)
+        return order, begins, np.cumsum(stops - begins)
 
     def spans(self, buffer: int) -> list[tuple[int, int]]:
         """(start, stop) of each block of rows in a buffer, in the order they lie."""

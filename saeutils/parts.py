@@ -34,11 +34,13 @@ class Part:
         start, stop = (batches * r // world_size * batch_size for r in (rank, rank + 1))
         return cls(rank, world_size, min(n, start), min(n, stop))
 
+    @property
+    def name(self) -> str:
+        return f"part-{self.rank:05d}-of-{self.world_size:05d}"
+
     def folder(self, store: Folder) -> Folder:
         """Where this part of the store is written."""
-        if self.world_size == 1:
-            return store
-        return store / f"part-{self.rank:05d}-of-{self.world_size:05d}"
+        return store if self.world_size == 1 else store / self.name
 
     def is_sealed(self, store: Folder, whole: dict[str, Any]) -> bool:
         """Whether the whole is there already; ValueError if it is something else."""
@@ -62,7 +64,8 @@ class Part:
             shards: list[dict[str, Any]] = []
             columns = None
             for rank in range(self.world_size):
-                part = Part(rank, self.world_size, 0, 0).folder(store)
+                name = Part(rank, self.world_size, 0, 0).name
+                part = store / name
                 if not part.exists(MANIFEST):
                     continue  # has no rows, or is missing: the sum tells
                 manifest = read_manifest(part, FORMAT)
@@ -71,7 +74,6 @@ class Part:
                 if not manifest["complete"]:
                     return False
                 columns = manifest["columns"]
-                name = str(part).rsplit("/", 1)[-1]
                 shards += [_moved(shard, name) for shard in manifest["shards"]]
             if sum(shard["rows"] for shard in shards) != whole["expected_rows"]:
                 return False

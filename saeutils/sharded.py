@@ -98,7 +98,10 @@ class ShardedWriter:
         self, provenance: Mapping[str, Column], rows: int
     ) -> dict[str, np.ndarray]:
         """The columns as arrays, `rows` long, of the types that the store has."""
-        columns = {name: np.asarray(values) for name, values in provenance.items()}
+        columns = {
+            name: np.asarray(values.cpu() if isinstance(values, Tensor) else values)
+            for name, values in provenance.items()
+        }
         for name, values in columns.items():
             if values.shape != (rows,) or values.dtype.kind not in "iufbU":
                 raise ValueError(

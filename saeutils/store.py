@@ -97,7 +97,8 @@ class Store(ABC):
         """The rows at `index`, in that order. Raises IndexError out of 0 … n − 1."""
 
     @abstractmethod
-    def _slice(self, start: int, stop: int) -> Float32[Tensor, "rows d_in"]: ...
+    def _read(self, start: int, out: Float32[Tensor, "rows d_in"]) -> None:
+        """Fill `out` with the rows from `start` on."""
 
     @property
     @abstractmethod
@@ -120,17 +121,18 @@ class Store(ABC):
         return context(self, row, before, after, **how)
 
     def __getitem__(self, rows: slice) -> Float32[Tensor, "rows d_in"]:
-        start, stop, step = rows.indices(len(self))
-        if step != 1:
-            raise ValueError(f"step {step}: store[i:j] reads neighbours; use gather")
-        return self._slice(start, max(start, stop))
+        _check_step(rows)
+        start, stop, _ = rows.indices(len(self))
+        out = torch.empty(max(0, stop - start), self.d_in)
+        self._read(start, out)
+        return out
 
     def chunks(self, size: int) -> Iterator[Batch]:
         """All rows in order, `size` at a time, the last chunk short."""
         if size < 1:
             raise ValueError(f"chunks of {size} rows: expected at least 1")
         for start in range(0, len(self), size):
-            rows = self._slice(start, min(start + size, len(self)))
+            rows = self[start : start + size]
             yield Batch(rows, torch.arange(start, start + len(rows)))
 
     def batches(
@@ -220,16 +222,17 @@ class ActivationStore(ShardedStore, Store):
             self._rows.gather(index, out)
         return self._as_float32(out)
 
-    def _slice(self, start: int, stop: int) -> Float32[Tensor, "rows d_in"]:
-        out = np.empty((stop - start, self.d_in), STORED[self.manifest["dtype"]])
-        number = int(np.searchsorted(self._starts, start, side="right")) - 1
-        at = start
-        while at < stop:
-            shard, offset = self._shard(number), at - self._starts[number]
-            part = shard[offset : offset + stop - at]
-            out[at - start : at - start + len(part)] = part
-            at, number = at + len(part), number + 1
-        return self._as_float32(out)
+    def _read(self, start: int, out: Float32[Tensor, "rows d_in"]) -> None:
+        target, number = out.numpy(), int(np.searchsorted(self._starts, start, "right"))
+        while len(target):
+            first = start - self._starts[number - 1]
+            part = self._shard(number - 1)[first : first + len(target)]
+            if self.dtype == torch.bfloat16:  # the upper half of a float32
+                bits = target[: len(part)].view(np.uint32)
+                np.left_shift(part, 16, out=bits, dtype=np.uint32)
+            else:
+                target[: len(part)] = part
+            target, start, number = target[len(part) :], start + len(part), number + 1
 
     def _as_float32(self, stored: np.ndarray) -> Float32[Tensor, "rows d_in"]:
         native = stored.astype(stored.dtype.newbyteorder("="), copy=False)
@@ -301,8 +304,12 @@ class TensorStore(Store):
         _check_index(index.cpu().numpy(), len(self))
         return self.rows[index.to(self.rows.device)].float()
 
-    def _slice(self, start: int, stop: int) -> Float32[Tensor, "rows d_in"]:
-        return self.rows[start:stop].float()
+    def __getitem__(self, rows: slice) -> Float32[Tensor, "rows d_in"]:
+        _check_step(rows)
+        return self.rows[rows].float()  # stays on its device
+
+    def _read(self, start: int, out: Float32[Tensor, "rows d_in"]) -> None:
+        out.copy_(self.rows[start : start + len(out)])
 
 
 def as_store(rows: Tensor | Store | str | Path) -> Store:
@@ -312,6 +319,11 @@ def as_store(rows: Tensor | Store | str | Path) -> Store:
     if isinstance(rows, Tensor):
         return TensorStore(rows)
     return ActivationStore.open(rows)
+
+
+def _check_step(rows: slice) -> None:
+    if rows.step not in (None, 1):
+        raise ValueError(f"step {rows.step}: store[i:j] reads neighbours; use gather")
 
 
 def _check_index(index: np.ndarray, n: int) -> None:
@@ -326,16 +338,24 @@ def _buffered(
 ) -> Iterator[Batch]:
     """The batches at `tasks`, out of buffers that a thread fills one ahead."""
     pool, buffers = ThreadPoolExecutor(1), {}
+    end = order.segments(last - 1, last)[0].buffer if last else 0
+    # Two buffers take turns: taking memory afresh would cost more than filling it.
+    size = min(len(store), order.block * order.blocks)
+    memory = [torch.empty(size, store.d_in) for _ in range(2)]
 
     def fill(number: int) -> Tensor:
-        return torch.cat([store._slice(a, b) for a, b in order.spans(number)])
+        out, at = memory[number % 2], 0
+        for a, b in order.spans(number):
+            store._read(a, out[at : at + b - a])
+            at += b - a
+        return out
 
     def rows(segment: Segment) -> Tensor:
-        for number in (segment.buffer, segment.buffer + 1):
-            if number not in buffers:
-                buffers[number] = pool.submit(fill, number)
         for number in [old for old in buffers if old < segment.buffer]:
             del buffers[number]
+        for number in (segment.buffer, segment.buffer + 1):
+            if number not in buffers and number <= end:
+                buffers[number] = pool.submit(fill, number)
         return buffers[segment.buffer].result()[torch.from_numpy(segment.places)]
 
     try:

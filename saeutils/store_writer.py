@@ -6,6 +6,7 @@ writer leaves beside that is overwritten or deleted by the next one.
 """
 
 import io
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,7 @@ class StoreWriter(ShardedWriter):
         }
         super().__init__(path, manifest)
         self._shard: AtomicFile | None = None
+        self._all_zero = True  # all rows of the shard, so far
         self._shard_rows, self._provenance = 0, []
 
     def append(
@@ -112,22 +114,25 @@ class StoreWriter(ShardedWriter):
             raise ValueError(f"{self.folder} is complete, or its writer was closed")
         columns = self._check(rows, provenance or {})
         stored = rows.detach().to("cpu", getattr(torch, self.manifest["dtype"]))
-        self._refuse_nonfinite(rows, stored, columns)
+        zero = self._refuse_nonfinite(rows, stored, columns)
         content = as_stored(stored)
         try:
             with explained(self.folder, f"{self.rows_done:,} rows are safe."):
-                self._append(content, columns)
+                self._append(content, columns, zero)
         except BaseException:  # half a batch may be in the open shard: drop that
             self.abandon()
             raise
 
-    def _append(self, content: np.ndarray, columns: dict[str, np.ndarray]) -> None:
+    def _append(
+        self, content: np.ndarray, columns: dict[str, np.ndarray], zero: bool
+    ) -> None:
         start = 0
         while start < len(content):
             stop = start + self._open_shard() - self._shard_rows
             part = content[start:stop]
             self._shard.write(part.data)
             self._shard_rows += len(part)
+            self._all_zero &= zero
             self._provenance.append({k: v[start:stop] for k, v in columns.items()})
             start = stop
             if self._shard_rows == self._shard_size:
@@ -176,12 +181,13 @@ class StoreWriter(ShardedWriter):
 
     def _refuse_nonfinite(
         self, rows: Tensor, stored: Tensor, columns: dict[str, np.ndarray]
-    ) -> None:
+    ) -> bool:
+        """Raises ValueError for a value that is not finite; says if all are zero."""
         if not stored.numel():
-            return
+            return True
         low, high = stored.aminmax()  # one pass, no copy; NaN comes through
         if torch.isfinite(low) and torch.isfinite(high):
-            return
+            return bool(low == high == 0)
         row, dim = torch.isfinite(stored).logical_not().nonzero()[0].tolist()
         value, dtype = rows[row, dim].item(), self.manifest["dtype"]
         number = self.rows_done + self._shard_rows + row
@@ -222,6 +228,14 @@ class StoreWriter(ShardedWriter):
             self._shard.rewrite_start(self._header(self._shard_rows))
         written = self._shard.commit()
         self._shard = None
+        if self._all_zero:
+            rows = f"{self._shard_rows:,} rows"
+            warnings.warn(
+                f"{self.folder}: all {rows} of {written.file} are 0. "
+                "Is the layer dead, or the input empty?",
+                stacklevel=2,
+            )
+        self._all_zero = True
         columns = {
             name: np.concatenate([part[name] for part in self._provenance])
             for name in self.manifest["columns"]

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import tempfile
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -411,6 +412,24 @@ def test_float16_keeps_its_largest_number(tmp_path):
         with pytest.raises(ValueError, match="too large"):
             writer.append(torch.tensor([[65520.0, 0.0]]))
     assert ActivationStore.open(tmp_path)[:].tolist() == [[65504.0, -65504.0]]
+
+
+def test_a_shard_of_zeros_is_worth_a_warning(tmp_path):
+    options = {"hook": "x", "d_in": 2, "rows_per_shard": 3}
+    rows = torch.ones(9, 2)
+    rows[3:8] = 0
+    with (
+        pytest.warns(UserWarning, match=r"all 3 rows of 00001\.npy are 0") as caught,
+        StoreWriter(tmp_path, **options) as writer,
+    ):
+        for row in rows:
+            writer.append(row[None])
+    assert len(caught) == 1
+    with (
+        warnings.catch_warnings(action="error"),
+        StoreWriter(tmp_path / "ones", **options) as writer,
+    ):
+        writer.append(torch.ones(9, 2))  # three shards in one go
 
 
 @pytest.mark.parametrize(
