@@ -12,7 +12,14 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "disabled"
 
+import threading  # noqa: E402
+
 from hypothesis import HealthCheck, settings  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+# Tests kill processes that they forked. tqdm's own lock is shared with those, and one
+# that died while holding it would leave this process waiting for ever.
+tqdm.set_lock(threading.RLock())
 
 # `HYPOTHESIS_PROFILE=thorough make test` searches for longer.
 _common = dict(deadline=None, suppress_health_check=[HealthCheck.too_slow])
