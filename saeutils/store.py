@@ -313,11 +313,19 @@ class TensorStore(Store):
 
 
 def as_store(rows: Tensor | Store | str | Path) -> Store:
-    """A tensor, a store, or the path of one: as a store."""
+    """A tensor, a store, or the path of one: as a store.
+
+    Raises ValueError for anything else: an iterator cannot be read again, or shuffled.
+    """
     if isinstance(rows, Store):
         return rows
     if isinstance(rows, Tensor):
         return TensorStore(rows)
+    if not isinstance(rows, str | Path):
+        raise ValueError(
+            f"rows are a {type(rows).__name__}: expected a store, its path, or a "
+            "tensor (n, d_in); collect the batches of an iterator first, with torch.cat"
+        )
     return ActivationStore.open(rows)
 
 
