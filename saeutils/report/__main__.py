@@ -205,8 +205,10 @@ def thumbnails(options: argparse.Namespace) -> int:
             print(path)
         else:
             figure = go.Figure(picture)
-            figure.update_layout(title=None, showlegend=False)
-            figure.write_image(path, width=640, height=400)
+            # drawn at its own size, then made small: nothing is squeezed
+            width = figure.layout.width or 700
+            height = figure.layout.height or 450
+            figure.write_image(path, width=width, height=height, scale=420 / width)
             print(path)
     return 0
 
