@@ -130,7 +130,7 @@ def test_torchrun(tmp_path):
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", "2", script, tmp_path / "run"]
-    run = subprocess.run(command, capture_output=True, text=True)
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
     single = save(tmp_path / "single")
     for hook in ("0", "1"):

@@ -130,7 +130,8 @@ def test_kill_at_every_single_step(memory_path):
         path = memory_path / f"victim-{step}"
         child = fork.Process(target=die_at, args=(step, path))
         child.start()
-        child.join()
+        child.join(60)
+        assert child.exitcode is not None, f"step {step} hangs"
         if child.exitcode == 0:
             break
         assert child.exitcode == -signal.SIGKILL
