@@ -144,14 +144,15 @@ def _to_pixels(images: UInt8[Tensor, "n h w"]) -> Float[Tensor, "n h*w"]:
 
 @contextmanager
 def evaluation_mode(model: nn.Module):
-    """`model.eval()` and no gradients inside; the former mode comes back after."""
-    was_training = model.training
+    """`model.eval()` and no gradients inside; each module's mode comes back after."""
+    modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         with torch.no_grad():
             yield model
     finally:
-        model.train(was_training)
+        for module, training in modes.items():
+            module.training = training
 
 
 def evaluate(

@@ -178,3 +178,12 @@ def test_any_module_can_be_the_subject():
     model = nn.Sequential(nn.Linear(784, 6), nn.Tanh(), nn.Linear(6, 2))
     history = models.train_classifier(model, images(), epochs=1, progress=False)
     assert len(history) == 1
+
+
+def test_each_module_gets_its_own_mode_back():
+    model = models.MLP((8, 4))
+    model.train()
+    model.fc1.eval()  # frozen by its user
+    with models.evaluation_mode(model):
+        assert not any(module.training for module in model.modules())
+    assert model.training and model.fc2.training and not model.fc1.training
