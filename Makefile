@@ -5,6 +5,9 @@ VENV  := .venv
 PY    := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
+# Threads that wait must not spin on the cores that others need.
+export OMP_WAIT_POLICY ?= passive
+
 # A checkout that was moved or copied installs again: the stamp holds its folder.
 ifneq ($(shell cat $(STAMP) 2>/dev/null),$(shell pwd))
 MOVED := moved

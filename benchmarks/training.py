@@ -35,7 +35,9 @@ class Worker:
         self.process = subprocess.Popen(
             [python, HERE / "trainers.py", name, json.dumps(sizes)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            env=os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads},
+            env={"OMP_WAIT_POLICY": "passive"}  # for all alike; see saeutils.training
+            | os.environ
+            | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads},
         )  # fmt: skip
         for line in self.process.stdout:  # some libraries print when imported
             if line == "ready\n":

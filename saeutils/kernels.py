@@ -27,6 +27,7 @@ Every function has two bodies: numba on CPU, and plain torch for any other devic
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -91,7 +92,9 @@ def encode_chunks(
     `low_precision` multiplies in bfloat16 and returns the dtype of `centred`.
     """
     batch, d_sae = len(centred), len(W_enc_T)
-    budget = CHUNK_BYTES if centred.device.type == "cpu" else GPU_CHUNK_BYTES
+    budget = GPU_CHUNK_BYTES
+    if centred.device.type == "cpu":
+        budget = CHUNK_BYTES * torch.get_num_threads()
     size = min(batch, max(64, budget // (d_sae * centred.element_size())))
     out = centred.new_empty(size, d_sae)
     if low_precision:
@@ -317,4 +320,8 @@ def in_threads(kernel: Callable[[int, int], None], n: int, at_least: int = 256) 
         kernel(0, n)
         return
     edges = [n * t // threads for t in range(threads + 1)]
-    list(_pool(threads).map(kernel, edges[:-1], edges[1:]))
+    pool = _pool(threads)
+    others = [pool.submit(kernel, a, b) for a, b in pairwise(edges[1:])]
+    kernel(0, edges[1])
+    for other in others:
+        other.result()
