@@ -24,7 +24,7 @@ Every function has two bodies: numba on CPU, and plain torch for any other devic
 `torch.get_num_threads()`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from itertools import pairwise
@@ -114,35 +114,28 @@ def select_topk(pre_chunks, k: int, positive: bool = True) -> Codes:
     TopK's ReLU: such entries have value and gradient 0. `positive=False` keeps
     them (AuxK). Of equal values the earlier in the kernel's scan is kept.
     """
-    counts, indices, values = [], [], []
-    for _, pre in pre_chunks:
+
+    def largest(pre: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        n = min(k, pre.shape[1])
         if _numba_runs(pre):
-            c, i, v = _numba().topk(pre, min(k, pre.shape[1]), positive)
-        else:
-            top = pre.topk(min(k, pre.shape[1]), dim=-1, sorted=False)
-            keep = top.values > 0 if positive else torch.ones_like(top.values).bool()
-            c = keep.sum(-1)
-            i, v = top.indices[keep].int(), top.values[keep]
-        counts.append(c)
-        indices.append(i)
-        values.append(v)
-    return _join(counts, indices, values)
+            return _numba().topk(pre, n, positive)
+        top = pre.topk(n, dim=-1, sorted=False)
+        keep = top.values > 0 if positive else torch.ones_like(top.values).bool()
+        return keep.sum(-1), top.indices[keep].int(), top.values[keep]
+
+    return _join(largest(pre) for _, pre in pre_chunks)
 
 
 def select_above(pre_chunks, threshold: Tensor | int | float) -> Codes:
     """Keep every pre-activation above `threshold` (a number, or one a latent)."""
-    counts, indices, values = [], [], []
-    for _, pre in pre_chunks:
+
+    def above(pre: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if _numba_runs(pre):
-            c, i, v = _numba().above(pre, threshold)
-        else:
-            keep = pre > threshold
-            c = keep.sum(-1)
-            i, v = keep.nonzero()[:, 1].int(), pre[keep]
-        counts.append(c)
-        indices.append(i)
-        values.append(v)
-    return _join(counts, indices, values)
+            return _numba().above(pre, threshold)
+        keep = pre > threshold
+        return keep.sum(-1), keep.nonzero()[:, 1].int(), pre[keep]
+
+    return _join(above(pre) for _, pre in pre_chunks)
 
 
 def select_batch_topk(
@@ -174,12 +167,14 @@ def select_batch_topk(
         counts.index_add_(
             0, codes.rows[keep], torch.ones_like(counts[:1]).expand(int(keep.sum()))
         )
-        codes = _join([counts], [codes.indices[keep]], [codes.values[keep]])
+        codes = _join([(counts, codes.indices[keep], codes.values[keep])])
         return codes, float(cut)
     return codes, float(everywhere.min()) if len(everywhere) else 0.0
 
 
-def _join(counts: list, indices: list, values: list) -> Codes:
+def _join(parts: Iterable[tuple[Tensor, Tensor, Tensor]]) -> Codes:
+    """One `Codes` of (entries a row, indices, values) of consecutive rows."""
+    counts, indices, values = zip(*parts, strict=True)
     counts = torch.cat(counts).long()
     indptr = torch.zeros(len(counts) + 1, dtype=torch.int64, device=counts.device)
     torch.cumsum(counts, 0, out=indptr[1:])

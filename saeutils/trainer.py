@@ -139,7 +139,7 @@ class Trainer:
         out = self._objective(params, x, penalty)
         dead, aux_loss = self.dead, 0.0
         if len(dead):
-            centred = x - params["b_dec"] if config.pre_encoder_bias else x
+            centred = self._centred(params, x)
             shared = dict(
                 batch=config.batch_size, encoder_centred=config.pre_encoder_bias
             )
@@ -187,13 +187,13 @@ class Trainer:
             return None
         return self._log(loss, mse, aux_loss, step)
 
+    def _centred(self, params: Params, x: Tensor) -> Tensor:
+        """What the encoder sees of x."""
+        return x - params["b_dec"] if self.config.pre_encoder_bias else x
+
     def _objective(self, params: Params, x: Tensor, penalty: Penalty) -> StepOutput:
-        sparse = penalty.architecture != "gated" and (
-            penalty.architecture in ("topk", "batchtopk", "matryoshka")
-            or self.density < SPARSE_BELOW
-        )
         batch = self.config.batch_size
-        if sparse:
+        if self._sparse_pays:
             out = objectives.sparse_step(
                 params,
                 x,
@@ -209,6 +209,13 @@ class Trainer:
             if grad is not self.params[name].grad:
                 self.params[name].grad.copy_(grad)
         return out
+
+    @property
+    def _sparse_pays(self) -> bool:
+        name = self.config.architecture
+        if name in ("l1", "jumprelu"):
+            return self.density < SPARSE_BELOW
+        return name != "gated"
 
     def _descend(self, step: int) -> None:
         W_dec = self.params["W_dec"]
@@ -231,12 +238,11 @@ class Trainer:
         if not len(self.dead):
             return
         penalty = self.config.penalty_at(self.done)
-        step = (
-            objectives.sparse_step
-            if penalty.architecture != "gated"
-            else objectives.dense_step
-        )
-        error = step(self.effective_params(), self.sample, penalty).error
+        params = self.effective_params()
+        if self._sparse_pays:  # every process has the whole sample: nothing to gather
+            out = objectives.sparse_step(params, self.sample, penalty, guess=self.guess)
+        else:
+            out = objectives.dense_step(params, self.sample, penalty)
         state = self.optimizer.state
         moments = [
             {n: state[p][m] for n, p in self.params.items()}
@@ -245,17 +251,12 @@ class Trainer:
         generator = torch.Generator().manual_seed(
             self.config.seed * 1_000_003 + self.done
         )
-        centred = (
-            self.sample - self.params["b_dec"]
-            if self.config.pre_encoder_bias
-            else self.sample
-        )
         revival.resample(
             self.params,
             moments,
             self.dead,
-            centred,
-            error.square().sum(1),
+            self._centred(params, self.sample),
+            out.error.square().sum(1),
             generator,
             self.config.resample_length,
         )
@@ -355,7 +356,7 @@ class Trainer:
             )
             for batch in batches:
                 x = batch.rows.to(self.config.device) * self.info["input_scale"]
-                centred = x - weights.b_dec if self.config.pre_encoder_bias else x
+                centred = self._centred(params, x)
                 yield from kernels.encode_chunks(
                     centred, weights.W_enc_T, weights.b_enc
                 )
