@@ -2,14 +2,15 @@
 
 A model here is an `nn.Module` from pixels `(n, 784)` in [0, 1] to logits. Every named
 sub-module is a hook point: for an `MLP`, "fc1" is the first hidden layer AFTER its
-ReLU, "fc1.linear" the pre-activation, "head" the logits.
+ReLU, "fc1.linear" the pre-activation, "head" the logits. A `CNN` has "conv1" and
+"conv2" before "fc1", whose outputs are maps (n, channels, height, width).
 """
 
 import difflib
 import math
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
@@ -58,11 +59,7 @@ class MLP(nn.Sequential):
             raise ValueError(f"every layer needs a unit or more, got widths {widths}")
         # skip_init: nn.Linear's own initialisation would draw from the global state.
         linears = [skip_init(nn.Linear, a, b) for a, b in pairwise(widths)]
-        generator = torch.Generator().manual_seed(seed)
-        for linear in linears:
-            bound = linear.in_features**-0.5
-            nn.init.uniform_(linear.weight, -bound, bound, generator=generator)
-            nn.init.zeros_(linear.bias)
+        _draw(linears, seed)
         *body, head = linears
         layers: OrderedDict[str, nn.Module] = OrderedDict()
         for i, linear in enumerate(body, start=1):
@@ -73,12 +70,82 @@ class MLP(nn.Sequential):
         self.d_in = d_in
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.ndim != 2 or x.shape[1] != self.d_in:
-            raise ValueError(
-                f"this model takes pixels of shape (n, {self.d_in}) in [0, 1], got "
-                f"{tuple(x.shape)}; of an ImageData take its .pixels"
-            )
+        _refuse_other_than_pixels(x, self.d_in)
         return super().forward(x)
+
+
+class CNN(nn.Sequential):
+    """Small convolutional network on pixels; sub-modules conv1, conv2, fc1, head.
+
+        H_0 = x as a (1, 28, 28) map,   H_i = relu(W_i ⋆ H_{i-1} + b_i),  i = 1, 2
+        h = relu(W vec(H_2) + b),       logits = W' h + b'
+
+    ⋆ is a convolution with filters of 5 × 5 and 3 × 3 pixels, stride 2, zeros around:
+    H_1 is (channels[0], 14, 14), H_2 is (channels[1], 7, 7). "conv1.conv" and
+    "fc1.linear" are the pre-activations. Start values and seed as in `MLP`.
+
+    Args:
+        channels: filters of conv1 and conv2; hidden: width of fc1.
+        n_classes: number of logits.
+
+    Raises:
+        ValueError: a width below 1; in `forward`, an input that is not (n, 784).
+    """
+
+    def __init__(
+        self,
+        channels: tuple[int, int] = (16, 32),
+        hidden: int = 64,
+        *,
+        n_classes: int = 10,
+        seed: int = 0,
+    ):
+        first, second = channels
+        if min(first, second, hidden, n_classes) < 1:
+            raise ValueError(
+                "every layer needs a unit or more, got "
+                f"channels {channels}, hidden {hidden}, n_classes {n_classes}"
+            )
+        convolutions = [
+            skip_init(nn.Conv2d, 1, first, 5, padding=2, stride=2),
+            skip_init(nn.Conv2d, first, second, 3, padding=1, stride=2),
+        ]
+        pixels = second * (SIDE // 4) ** 2
+        linears = [
+            skip_init(nn.Linear, pixels, hidden),
+            skip_init(nn.Linear, hidden, n_classes),
+        ]
+        _draw([*convolutions, *linears], seed)
+        layers: OrderedDict[str, nn.Module] = OrderedDict()
+        for i, conv in enumerate(convolutions, start=1):
+            block = OrderedDict(conv=conv, relu=nn.ReLU())
+            layers[f"conv{i}"] = nn.Sequential(block)
+        block = OrderedDict(flatten=nn.Flatten(), linear=linears[0], relu=nn.ReLU())
+        layers["fc1"] = nn.Sequential(block)
+        layers["head"] = linears[1]
+        super().__init__(layers)
+        self.d_in = SIDE * SIDE
+
+    def forward(self, x: Tensor) -> Tensor:
+        _refuse_other_than_pixels(x, self.d_in)
+        return super().forward(x.unflatten(1, (1, SIDE, SIDE)))
+
+
+def _draw(layers: Sequence[nn.Linear | nn.Conv2d], seed: int) -> None:
+    """Weights uniform in ±1/√fan_in from `seed` alone, in order; biases zero."""
+    generator = torch.Generator().manual_seed(seed)
+    for layer in layers:
+        bound = layer.weight[0].numel() ** -0.5
+        nn.init.uniform_(layer.weight, -bound, bound, generator=generator)
+        nn.init.zeros_(layer.bias)
+
+
+def _refuse_other_than_pixels(x: Tensor, d_in: int) -> None:
+    if x.ndim != 2 or x.shape[1] != d_in:
+        raise ValueError(
+            f"this model takes pixels of shape (n, {d_in}) in [0, 1], got "
+            f"{tuple(x.shape)}; of an ImageData take its .pixels"
+        )
 
 
 class Evaluation(NamedTuple):

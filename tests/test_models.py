@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from saeutils import models
+from saeutils.activations import save_activations
 from saeutils.datasets import ImageData, mnist
 
 
@@ -51,6 +52,67 @@ def test_mlp_weights_come_from_the_seed_alone():
     torch.manual_seed(2)
     assert same_weights(a, models.MLP(seed=3))
     assert not same_weights(a, models.MLP(seed=4))
+
+
+def slow_convolution(x, layer):
+    """One output number at a time, from the zero-padded maps."""
+    w, pad, step = layer.weight, layer.padding[0], layer.stride[0]
+    c, h, _ = x.shape
+    size = w.shape[-1]
+    padded = torch.zeros(c, h + 2 * pad, h + 2 * pad)
+    padded[:, pad : pad + h, pad : pad + h] = x
+    out = torch.zeros(len(w), h // step, h // step)
+    for i in range(h // step):
+        for j in range(h // step):
+            top, left = i * step, j * step
+            window = padded[:, top : top + size, left : left + size]
+            out[:, i, j] = (w * window).sum((1, 2, 3)) + layer.bias
+    return out
+
+
+@torch.no_grad()
+def test_cnn_is_the_equation_of_its_docstring():
+    model = models.CNN((3, 4), 5, seed=1)
+    for layer in (model.conv1.conv, model.conv2.conv, model.fc1.linear):
+        layer.bias.uniform_(-0.1, 0.1, generator=torch.Generator().manual_seed(2))
+    x = torch.rand(2, 784, generator=torch.Generator().manual_seed(0))
+    want = []
+    for image in x.view(2, 1, 28, 28):
+        h = slow_convolution(image, model.conv1.conv).clamp(min=0)
+        h = slow_convolution(h, model.conv2.conv).clamp(min=0)
+        h = (model.fc1.linear.weight @ h.flatten() + model.fc1.linear.bias).clamp(0)
+        want.append(model.head.weight @ h + model.head.bias)
+    torch.testing.assert_close(model(x), torch.stack(want))
+    with pytest.raises(ValueError, match=r"shape \(n, 784\).*got \(2, 28, 28\)"):
+        model(x.view(2, 28, 28))
+    with pytest.raises(ValueError, match="a unit or more, got channels \\(3, 0\\)"):
+        models.CNN((3, 0))
+
+
+def test_cnn_weights_come_from_the_seed_alone():
+    before = torch.get_rng_state()
+    a = models.CNN(seed=3)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert same_weights(a, models.CNN(seed=3))
+    assert not same_weights(a, models.CNN(seed=4))
+
+
+def test_maps_of_a_cnn_are_stored_a_row_a_place(tmp_path):
+    model, data = models.CNN((3, 4), 5), images(n=6)
+    assert models.hook_point(model, "conv1") is model.conv1
+    stores = save_activations(
+        model,
+        data,
+        ["conv2", "fc1"],
+        tmp_path,
+        layout={"conv2": "batch d row column"},
+        progress=False,
+    )
+    with torch.no_grad():
+        maps = model.conv2(model.conv1(data.pixels.view(-1, 1, 28, 28)))
+    got = stores["conv2"][0 : 6 * 49].view(6, 7, 7, 4)
+    torch.testing.assert_close(got, maps.permute(0, 2, 3, 1))
+    torch.testing.assert_close(stores["fc1"][0:6], model.fc1(maps).detach())
 
 
 def test_hook_points_are_named_and_a_wrong_name_lists_them():
@@ -116,12 +178,17 @@ def test_training_learns_and_repeats_exactly():
 
 
 @pytest.mark.parametrize(
-    "hidden, lr, least", [((128, 64), 4e-3, 0.978), ((512, 256), 3e-3, 0.985)]
+    "model, epochs, lr, least",
+    [
+        (models.MLP((128, 64)), 6, 4e-3, 0.978),
+        (models.MLP((512, 256)), 6, 3e-3, 0.985),
+        (models.CNN(), 4, 4e-3, 0.985),
+    ],
+    ids=["small", "large", "CNN"],
 )
-def test_real_digits_reach_the_promised_accuracy(hidden, lr, least):
-    model = models.MLP(hidden, seed=0)
+def test_real_digits_reach_the_promised_accuracy(model, epochs, lr, least):
     models.train_classifier(
-        model, mnist("train"), epochs=6, lr=lr, shift=1, progress=False
+        model, mnist("train"), epochs=epochs, lr=lr, shift=1, progress=False
     )
     assert models.evaluate(model, mnist("test")).accuracy >= least
 
