@@ -3,149 +3,42 @@
 A model here is an `nn.Module` from pixels `(n, 784)` in [0, 1] to logits. Every named
 sub-module is a hook point: for an `MLP`, "fc1" is the first hidden layer AFTER its
 ReLU, "fc1.linear" the pre-activation, "head" the logits. A `CNN` has "conv1" and
-"conv2" before "fc1", whose outputs are maps (n, channels, height, width).
+"conv2" before "fc1", whose outputs are maps (n, channels, height, width). An
+`EdgeMLP` is an MLP behind fixed edge filters, "edges".
 """
 
 import difflib
 import math
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor, nn
-from torch.nn.utils import skip_init
 from tqdm.auto import trange
 
+from saeutils.architectures import CNN, MLP, SIDE, EdgeMLP
 from saeutils.datasets import ImageData
+
+__all__ = [
+    "CNN",
+    "MLP",
+    "SIDE",
+    "EdgeMLP",
+    "Evaluation",
+    "Step",
+    "evaluate",
+    "evaluation_mode",
+    "hook_point",
+    "labelled_batches",
+    "train_classifier",
+]
 
 if TYPE_CHECKING:
     import pandas as pd
-
-SIDE = 28  # an image is SIDE × SIDE pixels
-
-
-class MLP(nn.Sequential):
-    """Multi-layer perceptron on pixels; sub-modules fc1, fc2, …, head.
-
-        h_0 = x,   h_i = relu(W_i h_{i-1} + b_i),   logits = W h_L + b
-
-    Weights start uniform in ±1/√fan_in, drawn from `seed` alone (the global random
-    state is neither read nor changed); biases start at zero.
-
-    Args:
-        hidden: width of each hidden layer, e.g. (128, 64) or (512, 256).
-        d_in: pixels an image; n_classes: number of logits.
-
-    Raises:
-        ValueError: a width below 1; in `forward`, an input that is not (n, d_in).
-    """
-
-    def __init__(
-        self,
-        hidden: tuple[int, ...] = (128, 64),
-        *,
-        d_in: int = SIDE * SIDE,
-        n_classes: int = 10,
-        seed: int = 0,
-    ):
-        widths = (d_in, *hidden, n_classes)
-        if min(widths) < 1:
-            raise ValueError(f"every layer needs a unit or more, got widths {widths}")
-        # skip_init: nn.Linear's own initialisation would draw from the global state.
-        linears = [skip_init(nn.Linear, a, b) for a, b in pairwise(widths)]
-        _draw(linears, seed)
-        *body, head = linears
-        layers: OrderedDict[str, nn.Module] = OrderedDict()
-        for i, linear in enumerate(body, start=1):
-            block = OrderedDict(linear=linear, relu=nn.ReLU())
-            layers[f"fc{i}"] = nn.Sequential(block)
-        layers["head"] = head
-        super().__init__(layers)
-        self.d_in = d_in
-
-    def forward(self, x: Tensor) -> Tensor:
-        _refuse_other_than_pixels(x, self.d_in)
-        return super().forward(x)
-
-
-class CNN(nn.Sequential):
-    """Small convolutional network on pixels; sub-modules conv1, conv2, fc1, head.
-
-        H_0 = x as a (1, 28, 28) map,   H_i = relu(W_i ⋆ H_{i-1} + b_i),  i = 1, 2
-        h = relu(W vec(H_2) + b),       logits = W' h + b'
-
-    ⋆ is a convolution with filters of 5 × 5 and 3 × 3 pixels, stride 2, zeros around:
-    H_1 is (channels[0], 14, 14), H_2 is (channels[1], 7, 7). "conv1.conv" and
-    "fc1.linear" are the pre-activations. Start values and seed as in `MLP`.
-
-    Args:
-        channels: filters of conv1 and conv2; hidden: width of fc1.
-        n_classes: number of logits.
-
-    Raises:
-        ValueError: a width below 1; in `forward`, an input that is not (n, 784).
-    """
-
-    def __init__(
-        self,
-        channels: tuple[int, int] = (16, 32),
-        hidden: int = 64,
-        *,
-        n_classes: int = 10,
-        seed: int = 0,
-    ):
-        first, second = channels
-        if min(first, second, hidden, n_classes) < 1:
-            raise ValueError(
-                "every layer needs a unit or more, got "
-                f"channels {channels}, hidden {hidden}, n_classes {n_classes}"
-            )
-        convolutions = [
-            skip_init(nn.Conv2d, 1, first, 5, padding=2, stride=2),
-            skip_init(nn.Conv2d, first, second, 3, padding=1, stride=2),
-        ]
-        pixels = second * (SIDE // 4) ** 2
-        linears = [
-            skip_init(nn.Linear, pixels, hidden),
-            skip_init(nn.Linear, hidden, n_classes),
-        ]
-        _draw([*convolutions, *linears], seed)
-        layers: OrderedDict[str, nn.Module] = OrderedDict()
-        for i, conv in enumerate(convolutions, start=1):
-            block = OrderedDict(conv=conv, relu=nn.ReLU())
-            layers[f"conv{i}"] = nn.Sequential(block)
-        block = OrderedDict(flatten=nn.Flatten(), linear=linears[0], relu=nn.ReLU())
-        layers["fc1"] = nn.Sequential(block)
-        layers["head"] = linears[1]
-        super().__init__(layers)
-        self.d_in = SIDE * SIDE
-
-    def forward(self, x: Tensor) -> Tensor:
-        _refuse_other_than_pixels(x, self.d_in)
-        return super().forward(x.unflatten(1, (1, SIDE, SIDE)))
-
-
-def _draw(layers: Sequence[nn.Linear | nn.Conv2d], seed: int) -> None:
-    """Weights uniform in ±1/√fan_in from `seed` alone, in order; biases zero."""
-    generator = torch.Generator().manual_seed(seed)
-    for layer in layers:
-        bound = layer.weight[0].numel() ** -0.5
-        nn.init.uniform_(layer.weight, -bound, bound, generator=generator)
-        nn.init.zeros_(layer.bias)
-
-
-def _refuse_other_than_pixels(x: Tensor, d_in: int) -> None:
-    if x.ndim != 2 or x.shape[1] != d_in:
-        raise ValueError(
-            f"this model takes pixels of shape (n, {d_in}) in [0, 1], got "
-            f"{tuple(x.shape)}; of an ImageData take its .pixels"
-        )
 
 
 class Evaluation(NamedTuple):
@@ -240,6 +133,20 @@ def evaluate(
     return Evaluation(correct / n, nats / n)
 
 
+class Step(NamedTuple):
+    """One training step, as an extra term of the loss sees it, before the update."""
+
+    index: Int64[Tensor, " b"]
+    """Positions of its images in the training data."""
+    pixels: Float[Tensor, "b pixels"]
+    """What the model was given (shifted); the graph starts here, so gradients of
+    whatever follows with respect to the pixels can be taken."""
+    labels: Int64[Tensor, " b"]
+    logits: Float[Tensor, "b classes"]
+    acts: dict[str, Tensor]
+    """Activations at the `hooks` asked for, by name."""
+
+
 def train_classifier(
     model: nn.Module,
     data: ImageData,
@@ -251,6 +158,8 @@ def train_classifier(
     shift: int = 0,
     seed: int = 0,
     test: ImageData | None = None,
+    extra_loss: Callable[[Step], Tensor] | None = None,
+    hooks: Sequence[str] = (),
     progress: bool = True,
 ) -> "pd.DataFrame":
     """Train in place with AdamW and a one-cycle learning rate on cross-entropy.
@@ -263,11 +172,15 @@ def train_classifier(
             anew each time it is seen (0 = never moved).
         seed: order and shifts come from this alone.
         test: evaluated after each epoch when given.
+        extra_loss: from a `Step` to a number, weighted as you like, that is added to
+            the cross-entropy; `saeutils.losses` has some.
+        hooks: hook points whose activations `extra_loss` needs.
 
     Returns:
-        One row an epoch: epoch, loss (mean over the epoch, nats), accuracy (running,
-        on the images as trained on), test_accuracy and test_cross_entropy (when
-        `test` is given), seconds (since the start).
+        One row an epoch: epoch, loss (mean over the epoch, nats; the sum of both
+        terms), extra_loss (its part, when given), accuracy (running, on the images
+        as trained on), test_accuracy and test_cross_entropy (when `test` is given),
+        seconds (since the start).
 
     Raises:
         ValueError: bad data or numbers, or a loss that stopped being finite.
@@ -275,6 +188,10 @@ def train_classifier(
     import pandas as pd
 
     _refuse_bad_training(model, data, epochs, batch_size, lr, shift)
+    if hooks and extra_loss is None:
+        raise ValueError(
+            f"hooks {list(hooks)} are for an extra_loss, and none is given"
+        )
     device, n = _device(model), len(data.labels)
     generator = torch.Generator().manual_seed(seed)
     labels, shifted = data.labels.to(device), _shifter(data.images.to(device), shift)
@@ -286,18 +203,30 @@ def train_classifier(
         optimiser, lr, total_steps=steps * epochs, pct_start=0.2, cycle_momentum=False
     )
     history, started = [], time.perf_counter()
+    trained = [p for p in model.parameters() if p.requires_grad]
     bar = trange(epochs, desc="classifier", unit="epoch", disable=not progress)
     for epoch in bar:
         model.train()
-        total = torch.zeros((), dtype=torch.float64, device=device)
+        total, extra = torch.zeros(2, dtype=torch.float64, device=device)
         correct = torch.zeros((), dtype=torch.int64, device=device)
         for index in torch.randperm(n, generator=generator).split(batch_size):
             offset = torch.randint(2 * shift + 1, (2, len(index)), generator=generator)
             index = index.to(device)
-            logits = model(shifted(index, offset.to(device)))
+            pixels = shifted(index, offset.to(device))
+            with _listening(model, hooks) as acts:
+                logits = model(pixels.requires_grad_(extra_loss is not None))
             loss = F.cross_entropy(logits, labels[index])
+            if extra_loss is not None:
+                term = extra_loss(Step(index, pixels, labels[index], logits, acts))
+                if term.shape != ():
+                    raise ValueError(
+                        f"extra_loss gave shape {tuple(term.shape)}, expected a "
+                        "number, as .mean() over the batch gives"
+                    )
+                loss = loss + term
+                extra += term.detach().double() * len(index)
             optimiser.zero_grad()
-            loss.backward()
+            loss.backward(inputs=trained)
             optimiser.step()
             schedule.step()
             total += loss.detach().double() * len(index)
@@ -307,6 +236,8 @@ def train_classifier(
             "loss": total.item() / n,
             "accuracy": correct.item() / n,
         }
+        if extra_loss is not None:
+            row["extra_loss"] = extra.item() / n
         if not math.isfinite(row["loss"]):
             raise ValueError(
                 f"the loss is {row['loss']} in epoch {epoch + 1}: lower lr (now {lr})"
@@ -317,6 +248,22 @@ def train_classifier(
         bar.set_postfix({k: f"{v:.4f}" for k, v in row.items() if k != "epoch"})
     model.eval()
     return pd.DataFrame(history)
+
+
+@contextmanager
+def _listening(model: nn.Module, hooks: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+    """A dictionary that fills with the outputs of these hook points in a pass."""
+    heard: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Callable[..., None]:
+        return lambda _module, _inputs, output: heard.update({name: output})
+
+    handles = [hook_point(model, h).register_forward_hook(keep(h)) for h in hooks]
+    try:
+        yield heard
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _refuse_bad_training(
