@@ -1,4 +1,6 @@
-"""Rows from many memory-mapped shards into one array, one copy, compiled by numba.
+"""The inner loops of reading a store, compiled by numba; they hold no lock.
+
+Rows from many memory-mapped shards go into one array with one copy.
 
 numpy and torch index one array at a time, so rows spread over S shards would cost S
 calls and a second copy to restore the order. Here each row is one memory copy from
@@ -39,6 +41,34 @@ def _copy_rows(addresses, starts, rows_per_shard, index, out):
         source = numba.carray(_pointer(address), (width,), np.uint8)
         for j in range(width):
             out[i, j] = source[j]
+
+
+@numba.njit(nogil=True, cache=True)
+@no_type_check
+def permute(positions, tables, high_base, low_base, n, swap, out):
+    """`order.Permutation` at each position: its Feistel network, and its swap."""
+    inverse = 1.0 / low_base
+    for i in range(len(positions)):
+        x = positions[i]
+        if swap and x < 2:
+            x = 1 - x
+        while True:
+            # Division by way of floats: within 1 below 2**48, and much cheaper.
+            high = np.int64(np.float64(x) * inverse)
+            low = x - high * low_base
+            over = np.int64(low >= low_base) - np.int64(low < 0)
+            high, low = high + over, low - over * low_base
+            for r in range(0, len(tables), 2):
+                # Modulo the base, without a branch that would be guessed wrongly.
+                high += tables[r, low]
+                high -= high_base * np.int64(high >= high_base)
+                if r + 1 < len(tables):
+                    low += tables[r + 1, high]
+                    low -= low_base * np.int64(low >= low_base)
+            x = high * low_base + low
+            if x < n:
+                break
+        out[i] = x
 
 
 class ShardedRows:

@@ -46,43 +46,28 @@ class Permutation:
             raise ValueError(f"a permutation of {n} rows: expected 1 … 2**48")
         self.n = n
         high = math.isqrt(n - 1) + 1
-        self._bases = np.uint64(high), np.uint64(-(-n // high))
+        self._bases = bases = high, -(-n // high)
         # Small n mix slower: with these rounds all n! orders of n ≤ 6 are equally
         # frequent by a chi-square test.
         rounds = 6 + 56 // max(2, (n - 1).bit_length())
         mixed = np.zeros(1, np.uint64)
         for part in key:
             mixed = _mix(mixed ^ np.uint64(part % 2**64))
-        self._tables = []
+        self._tables = np.zeros((rounds, max(bases)), np.int64)
         for r in range(rounds):
-            written, read = self._bases if r % 2 == 0 else self._bases[::-1]
+            written, read = bases if r % 2 == 0 else bases[::-1]
             words = _mix(_mix(mixed + np.uint64(r)) ^ np.arange(read, dtype="u8"))
-            self._tables.append((words >> _HALF) * written >> _HALF)
+            self._tables[r, :read] = (words >> _HALF) * np.uint64(written) >> _HALF
         # Such networks favour even permutations; one swap, or none, evens that out.
         self._swap = n > 1 and bool(_mix(mixed - np.uint64(1))[0] & np.uint64(1))
 
     def __call__(self, positions: Int64[np.ndarray, " m"]) -> Int64[np.ndarray, " m"]:
         """Where the permutation sends each position (each in 0 … n − 1)."""
-        if self._swap:
-            positions = np.where(positions < 2, 1 - positions, positions)
-        out = self._network(positions)
-        outside = np.flatnonzero(out >= self.n)
-        while len(outside):
-            out[outside] = self._network(out[outside])
-            outside = outside[out[outside] >= self.n]
-        return out
+        from saeutils._gather import permute  # numba takes a second to import
 
-    def _network(self, x: np.ndarray) -> np.ndarray:
-        high, low = np.divmod(x.view(np.uint64), self._bases[1])
-        word = np.empty_like(high)
-        for r, table in enumerate(self._tables):
-            digit, read = (high, low) if r % 2 == 0 else (low, high)
-            np.take(table, read.view(np.int64), out=word, mode="clip")
-            digit += word
-            # digit mod base: below the base, the difference wraps around to > digit.
-            np.subtract(digit, self._bases[r % 2], out=word)
-            np.minimum(digit, word, out=digit)
-        return (high * self._bases[1] + low).view(np.int64)
+        out = np.empty_like(positions)
+        permute(positions, self._tables, *self._bases, self.n, self._swap, out)
+        return out
 
 
 class FullShuffle:

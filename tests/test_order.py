@@ -53,6 +53,32 @@ def test_the_order_is_pinned():
     ]
 
 
+def by_hand(permutation, x):
+    """The network in whole numbers of any size, one position at a time."""
+    high_base, low_base = permutation._bases
+    tables = permutation._tables
+    x = 1 - x if permutation._swap and x < 2 else x
+    while True:
+        high, low = divmod(x, low_base)
+        for r, table in enumerate(tables):
+            if r % 2 == 0:
+                high = (high + int(table[low])) % high_base
+            else:
+                low = (low + int(table[high])) % low_base
+        x = high * low_base + low
+        if x < permutation.n:
+            return x
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 1000, 10**6 + 3, 2**40 - 5, 2**40])
+def test_the_fast_network_equals_the_slow_one(n):
+    permutation, ends = Permutation(n, 3, 1), [0, 1, n // 2, n - 2, n - 1]
+    middle = np.random.default_rng(0).integers(n, size=300).tolist()
+    edges = [k * permutation._bases[1] + d for k in range(9) for d in (-1, 0, 1)]
+    at = [x for x in ends + middle + edges + [n - e for e in edges] if 0 <= x < n]
+    assert permutation(np.array(at)).tolist() == [by_hand(permutation, x) for x in at]
+
+
 def test_seeds_and_epochs_differ():
     starts = range(0, 4000, 1000)
     orders = [FullShuffle(1000, s)(at, at + 1000) for s in range(4) for at in starts]
