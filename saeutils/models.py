@@ -30,6 +30,7 @@ __all__ = [
     "EdgeMLP",
     "Evaluation",
     "Step",
+    "activations_at",
     "evaluate",
     "evaluation_mode",
     "hook_point",
@@ -131,6 +132,28 @@ def evaluate(
             nats += F.cross_entropy(logits, y, reduction="none").double().sum().item()
             n += len(y)
     return Evaluation(correct / n, nats / n)
+
+
+def activations_at(
+    model: nn.Module,
+    hook: str,
+    data: ImageData | tuple[Tensor, Tensor],
+    *,
+    batch_size: int = 2048,
+) -> Float[Tensor, "n ..."]:
+    """What `model` puts out at `hook` on all of `data`, in memory and in order.
+
+    For sets that fit; `activations.save_activations` writes larger ones to disk.
+
+    Raises: ValueError for an unknown hook or bad data.
+    """
+    hook_point(model, hook)
+    device, out = _device(model), []
+    with evaluation_mode(model), _listening(model, [hook]) as heard:
+        for x, _ in labelled_batches(data, batch_size):
+            model(x.to(device))
+            out.append(heard[hook])
+    return torch.cat(out)
 
 
 class Step(NamedTuple):

@@ -152,6 +152,16 @@ def test_evaluate_known_answer_and_the_same_for_every_batch_size():
         assert nats == pytest.approx(log_z - 0.75 * 2.0, rel=1e-6)
 
 
+def test_activations_in_memory_are_those_of_the_layer():
+    model, data = models.MLP((4, 3)), images()
+    for size in (7, 2048):
+        got = models.activations_at(model, "fc2", data, batch_size=size)
+        torch.testing.assert_close(got, model.fc2(model.fc1(data.pixels)).detach())
+    assert not got.requires_grad and not model.fc2._forward_hooks
+    with pytest.raises(ValueError, match="no hook point 'fc3'"):
+        models.activations_at(model, "fc3", data)
+
+
 def test_evaluate_leaves_the_mode_as_it_was():
     for mode in (True, False):
         model = models.MLP((4,)).train(mode)

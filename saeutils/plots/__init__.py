@@ -6,6 +6,7 @@ arrays may be torch tensors or numpy arrays.
 """
 
 from saeutils.plots.images import image_grid, reconstructions, top_images
+from saeutils.plots.intervals import intervals
 from saeutils.plots.ladder import ladder
 from saeutils.plots.maps import cosine_histogram, cosine_map, pca_map
 from saeutils.plots.scores import (
@@ -26,6 +27,7 @@ __all__ = [
     "density",
     "dots",
     "image_grid",
+    "intervals",
     "ladder",
     "loss_curves",
     "pca_map",
