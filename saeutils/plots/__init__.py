@@ -5,6 +5,7 @@ Nothing here shows anything or changes a global setting: every function returns 
 arrays may be torch tensors or numpy arrays.
 """
 
+from saeutils.plots.attribution import agreement, attributions, removal_curves
 from saeutils.plots.images import image_grid, reconstructions, top_images
 from saeutils.plots.intervals import intervals
 from saeutils.plots.ladder import ladder
@@ -20,6 +21,8 @@ from saeutils.plots.scores import (
 from saeutils.plots.style import styled
 
 __all__ = [
+    "agreement",
+    "attributions",
     "class_profile",
     "cosine_histogram",
     "cosine_map",
@@ -32,6 +35,7 @@ __all__ = [
     "loss_curves",
     "pca_map",
     "reconstructions",
+    "removal_curves",
     "scorecard_table",
     "styled",
     "top_images",
