@@ -1,12 +1,13 @@
 """Sample stories from a local Llama such as assets/stories15M.
 
     python scripts/sample_stories.py OUT --tokens 3_700_000 --seed 1
-    python scripts/sample_stories.py HELD --tokens 600_000 --seed 2
+    python scripts/sample_stories.py HELD --tokens 560_000 --seed 2 \
+        --file data/stories/held-out.txt.xz
 
 Temperature 0.9, nucleus 0.95 within the 48 likeliest tokens; only stories that end
 within 250 tokens are kept, each text once. OUT becomes a folder of parts, each drawn
 from (seed, part) alone: an interrupted run goes on where it stopped. When enough
-tokens are there, OUT.txt.gz is written: every story followed by `<|endoftext|>`.
+tokens are there, the file is written: every story followed by `<|endoftext|>`.
 
 The output layer is 60 % of the work, and of its 32,000 tokens most are of other
 languages: the first stories are drawn with all of them, and what was never among the
@@ -16,6 +17,7 @@ languages: the first stories are drawn with all of them, and what was never amon
 import argparse
 import gzip
 import json
+import lzma
 import os
 import time
 from pathlib import Path
@@ -164,7 +166,7 @@ def write(path: Path, text: str) -> None:
     os.replace(partial, path)
 
 
-def main(folder: Path, out: Path, wanted: int, seed: int) -> None:
+def main(folder: Path, out: Path, file: Path, wanted: int, seed: int) -> None:
     from tokenizers import Tokenizer
 
     model = Decoder(folder)
@@ -191,10 +193,16 @@ def main(folder: Path, out: Path, wanted: int, seed: int) -> None:
         part += 1
         rate = fresh / (time.perf_counter() - began)
         print(f"{part} {total:,} tokens, {rate:,.0f} a second", flush=True)
-    target = out.with_suffix(".txt.gz")
     stories = "".join(f"{text}\n{END}\n" for text in dict.fromkeys(_texts(out, part)))
-    target.write_bytes(gzip.compress(stories.encode(), mtime=0))
-    print(f"{target}: {len(known):,} stories, {total:,} tokens")
+    content = stories.encode()
+    packed = (
+        lzma.compress(content, preset=9 | lzma.PRESET_EXTREME)
+        if file.suffix == ".xz"
+        else gzip.compress(content, mtime=0)
+    )
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(packed)
+    print(f"{file}: {len(known):,} stories, {total:,} tokens, {len(packed):,} bytes")
 
 
 def _texts(out: Path, parts: int):
@@ -207,8 +215,10 @@ def _texts(out: Path, parts: int):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path, help="folder of the parts")
+    parser.add_argument("--file", type=Path, help=".txt.gz or .txt.xz [OUT.txt.gz]")
     parser.add_argument("--model", type=Path, default=ASSET, help="local folder")
     parser.add_argument("--tokens", type=int, default=3_700_000)
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
-    main(args.model, args.out, args.tokens, args.seed)
+    file = args.file or args.out.with_suffix(".txt.gz")
+    main(args.model, args.out, file, args.tokens, args.seed)
