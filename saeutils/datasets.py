@@ -1,4 +1,4 @@
-"""Real data with stable ids: MNIST from the embedded copy or a folder of idx files.
+"""Real data with stable ids: MNIST and FashionMNIST, embedded or from idx files.
 
 An item of data keeps the id it was born with. Ids travel with rows through
 activations, stores and plots, so that nothing is ever joined by position.
@@ -10,7 +10,7 @@ import lzma
 import math
 import os
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -34,6 +34,27 @@ MNIST_SHA256 = {
         "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2"
     ),
 }
+# sha256 of the embedded sample of FashionMNIST: the first images of each split.
+FASHION_SHA256 = {
+    "train-images-idx3-ubyte": (
+        "85a0ed91fc149c8f56cbcd4faffd965abbddf9bb83d5e7308ec20af22a3a8c87"
+    ),
+    "train-labels-idx1-ubyte": (
+        "d91bcde777777d8b779ccfade8da8df64050ef1cde830c67b3036ee13e26ec28"
+    ),
+    "t10k-images-idx3-ubyte": (
+        "dd7352bf5542ceb429297852ae5ba0ed191090c0fc57e2d7307df21955153772"
+    ),
+    "t10k-labels-idx1-ubyte": (
+        "7093c2bc3dd1adcb3356d70404acfbbc8f57a6d347bcbda973af279217a21272"
+    ),
+}
+#: Where Debian's package dataset-fashion-mnist puts all 70,000.
+FASHION_PACKAGE = Path("/usr/share/datasets/fashion-mnist")
+FASHION_CLASSES = (
+    *("T-shirt", "trouser", "pullover", "dress", "coat"),
+    *("sandal", "shirt", "sneaker", "bag", "ankle boot"),
+)
 _PREFIX = {"train": "train", "test": "t10k"}
 _OPENERS = {"": open, ".gz": gzip.open, ".xz": lzma.open}
 _TRAIN_SIZE = 60_000
@@ -126,22 +147,53 @@ def mnist(split: str = "train", folder: str | Path | None = None) -> ImageData:
     Raises ValueError for a damaged file and FileNotFoundError for a missing one.
     Source: LeCun, Cortes and Burges, http://yann.lecun.com/exdb/mnist.
     """
+    if folder is not None:
+        return _from_folder(split, Path(folder))
+    return _from_folder(split, data_folder() / "mnist", MNIST_SHA256)
+
+
+def fashion_mnist(split: str = "train", folder: str | Path | None = None) -> ImageData:
+    """FashionMNIST: articles of clothing, 28 × 28; names in `FASHION_CLASSES`.
+
+    All 60,000 and 10,000 images where the idx files are: in `folder`, or where
+    Debian's package dataset-fashion-mnist puts them. Else the embedded sample, the
+    first 3,000 and 600, whose checksums are verified. Prints which it is, and so does
+    `name`. Ids are those of the whole set: the sample is its beginning.
+
+    Raises as `mnist`. Source: Xiao, Rasul and Vollgraf 2017 (MIT licence).
+    """
+    if folder is None and not FASHION_PACKAGE.is_dir():
+        sample = _from_folder(split, data_folder() / "fashion_mnist", FASHION_SHA256)
+        print(
+            f"FashionMNIST: the embedded sample of {len(sample):,} {split} images. For "
+            "all: apt-get install dataset-fashion-mnist, or fashion_mnist(split, "
+            "folder) with the folder of the idx files"
+        )
+        return replace(sample, name="fashion_mnist (sample)")
+    folder = FASHION_PACKAGE if folder is None else Path(folder)
+    data = replace(_from_folder(split, folder), name="fashion_mnist")
+    print(f"FashionMNIST: {len(data):,} {split} images from {folder}")
+    return data
+
+
+def _from_folder(
+    split: str, folder: Path, sha256: dict[str, str] | None = None
+) -> ImageData:
+    """The idx files of one split; with checksums they are an embedded copy."""
     if split not in _PREFIX:
         raise ValueError(f'split is "train" or "test", got {split!r}')
-    embedded = folder is None
-    folder = data_folder() / "mnist" if embedded else Path(folder)
     names = [
         f"{_PREFIX[split]}-{kind}-ubyte" for kind in ("images-idx3", "labels-idx1")
     ]
     paths = [_find_idx(folder, name) for name in names]
     contents = [_read(path) for path in paths]
-    if embedded:
+    if sha256 is not None:
         for name, path, content in zip(names, paths, contents, strict=True):
-            if hashlib.sha256(content).hexdigest() != MNIST_SHA256[name]:
+            if hashlib.sha256(content).hexdigest() != sha256[name]:
                 raise ValueError(
                     f"{path} is damaged: it does not hold the original {name}. "
-                    "`git checkout -- data/mnist` or `python scripts/make_mnist.py` "
-                    "restores it"
+                    f"`git checkout -- data/{folder.name}` or "
+                    f"`python scripts/make_{folder.name}.py` restores it"
                 )
     images = _parse_idx(paths[0], contents[0], ndim=3)
     labels = _parse_idx(paths[1], contents[1], ndim=1)
@@ -161,7 +213,7 @@ def mnist(split: str = "train", folder: str | Path | None = None) -> ImageData:
         labels=torch.from_numpy(labels.astype(np.int64)),
         ids=torch.arange(first, first + len(images)),
         split=split,
-        name="mnist" if embedded else folder.resolve().name,
+        name=folder.resolve().name,
     )
 
 
@@ -174,8 +226,8 @@ def _find_idx(folder: Path, name: str) -> Path:
             return path
     raise FileNotFoundError(
         f"no {name} (or .gz, .xz) in {folder}. A folder of MNIST, FashionMNIST or your "
-        "own data holds {train,t10k}-images-idx3-ubyte and -labels-idx1-ubyte; the "
-        "embedded copy comes back with `python scripts/make_mnist.py`"
+        "own data holds {train,t10k}-images-idx3-ubyte and -labels-idx1-ubyte; what is "
+        "embedded comes back with `python scripts/make_mnist.py` or make_fashion_mnist"
     )
 
 
@@ -186,7 +238,7 @@ def _read(path: Path, size: int = -1) -> bytes:
     except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error) as error:
         raise ValueError(
             f"{path} is damaged and cannot be decompressed ({error}); get it again "
-            "from where it came (the embedded copy: `git checkout -- data/mnist`)"
+            f"from where it came (embedded: `git checkout -- data/{path.parent.name}`)"
         ) from error
 
 

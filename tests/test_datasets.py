@@ -210,3 +210,66 @@ def test_image_data_of_unequal_lengths(monkeypatch):
             "train",
             "x",
         )
+
+
+# --- FashionMNIST ---------------------------------------------------------
+
+
+@pytest.fixture
+def no_package(monkeypatch, tmp_path):
+    """As on a machine without the Debian package."""
+    monkeypatch.setattr(datasets, "FASHION_PACKAGE", tmp_path / "not installed")
+
+
+def test_the_fashion_sample_says_that_it_is_one(no_package, capsys):
+    train, test = (datasets.fashion_mnist(split) for split in ("train", "test"))
+    assert train.images.shape == (3000, 28, 28) and len(test) == 600
+    assert train.name == test.name == "fashion_mnist (sample)"
+    said = capsys.readouterr().out
+    assert "sample of 3,000 train images" in said
+    assert "apt-get install dataset-fashion-mnist" in said
+    assert train.ids[[0, -1]].tolist() == [0, 2999]
+    assert test.ids[[0, -1]].tolist() == [60_000, 60_599]
+    # As published: an ankle boot first, and ten classes about equally often.
+    assert datasets.FASHION_CLASSES[train.labels[0]] == "ankle boot"
+    assert train.labels[:5].tolist() == [9, 0, 0, 3, 0]
+    assert train.labels.bincount().min() > 250 and len(train.labels.unique()) == 10
+
+
+def test_whole_fashion_is_read_where_it_is(tmp_path, monkeypatch, capsys):
+    images, _ = write_folder(tmp_path, 7, opener=gzip.open, suffix=".gz")
+    monkeypatch.setattr(datasets, "FASHION_PACKAGE", tmp_path)
+    data = datasets.fashion_mnist("train")
+    assert (data.images.numpy() == images).all() and data.name == "fashion_mnist"
+    assert f"7 train images from {tmp_path}" in capsys.readouterr().out
+
+
+def test_a_folder_of_fashion_comes_first(tmp_path, no_package):
+    images, _ = write_folder(tmp_path, 3, prefix="t10k")
+    data = datasets.fashion_mnist("test", tmp_path)
+    assert (data.images.numpy() == images).all()
+    with pytest.raises(FileNotFoundError, match="train-images"):
+        datasets.fashion_mnist("train", tmp_path)
+
+
+def test_damage_to_the_fashion_sample_is_found(tmp_path, no_package, monkeypatch):
+    source = datasets.data_folder() / "fashion_mnist"
+    folder = shutil.copytree(source, tmp_path / "fashion_mnist")
+    path = folder / "t10k-labels-idx1-ubyte.xz"
+    with gzip.open(path.with_suffix(".gz"), "wb") as f:
+        f.write(idx(np.zeros(600)))
+    path.unlink()
+    monkeypatch.setenv("SAEUTILS_DATA", str(tmp_path))
+    with pytest.raises(ValueError, match=r"scripts/make_fashion_mnist\.py"):
+        datasets.fashion_mnist("test")
+
+
+@pytest.mark.skipif(
+    not datasets.FASHION_PACKAGE.is_dir(), reason="dataset-fashion-mnist not installed"
+)
+def test_the_sample_is_the_beginning_of_the_whole():
+    whole = datasets.fashion_mnist("train")
+    sample = mnist("train", datasets.data_folder() / "fashion_mnist")
+    assert len(whole) == 60_000
+    assert torch.equal(whole.images[:3000], sample.images)
+    assert torch.equal(whole.labels[:3000], sample.labels)
