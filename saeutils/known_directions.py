@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def directions(config: Any, generator: torch.Generator) -> Float[Tensor, "n d"]:
-    """Directions of a `SyntheticConfig`: its n, d, geometry, cluster, cluster_cosine."""
+    """Directions of a `SyntheticConfig`: n, d, geometry, cluster, cluster_cosine."""
     n, d = config.n, config.d
     W = torch.randn(n, d, generator=generator)
     if config.geometry == "clustered":

@@ -145,7 +145,9 @@ class Synthetic:
 
     def __init__(self, config: SyntheticConfig, device: str = "cpu") -> None:
         self.config, self.device = config, device
-        generator = torch.Generator().manual_seed(config.seed)
+        # Not manual_seed(seed): an SAE that starts from the same seed would start at,
+        # or near, the truth.
+        generator = _generator("cpu", config.seed, 2**31)
         self.W = directions(config, generator).to(device)
         self.law = _to(law(config, generator), device)
         b = torch.nn.functional.normalize(
