@@ -8,6 +8,7 @@ Source: Bussmann, Pearce, Leask et al. (2024), "Showing SAE latents are not atom
 using meta-SAEs"; 49,152 latents, 2,304 meta-latents, k 4, 55.47 % explained.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -17,6 +18,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from torch.nn import functional as F
 
+from saeutils.examples import TopExamples
 from saeutils.metrics import Autoencoder
 from saeutils.objectives import Penalty, sparse_step
 from saeutils.sae import export, initial_params
@@ -228,8 +230,8 @@ def compare(
                 )
             null = fits["Gaussian rows"].explained
             for name, fit in fits.items():
-                row = dict(width=width, base=base, name=name, explained=fit.explained)
-                row |= dict(in_sample=fit.explained_in_sample)
+                row = dict(width=width, base=base, name=name)
+                row |= dict(in_sample=fit.explained_in_sample, explained=fit.explained)
                 out.append(row | dict(excess=fit.explained - null))
     return pd.DataFrame(out)
 
@@ -255,6 +257,34 @@ class ThroughLatents:
 
     def encode(self, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_meta"]:
         return self.base.encode(x) @ self.members
+
+
+@torch.no_grad()
+def purity(
+    members: Float[Tensor, "d_base d_meta"], classes: Int64[Tensor, " d_base"]
+) -> float:
+    """How far the base latents of a meta-latent belong to one class: of each
+    meta-latent's weight the part on its commonest class, mean over meta-latents.
+
+    Args:
+        members: meta-latents of each base latent (`MetaSAE.codes`).
+        classes: of each base latent; shuffled ones give the null. Negative: left out.
+    """
+    kept = classes >= 0
+    one_hot = F.one_hot(classes[kept]).to(members)
+    mass = members[kept].T @ one_hot
+    used = mass.sum(1) > 0
+    return (mass[used].amax(1) / mass[used].sum(1)).double().mean().item()
+
+
+def overlap(a: TopExamples, b: TopExamples) -> Float[Tensor, " d_meta"]:
+    """Share of the items that each latent's two sets of examples have in common
+    (Jaccard: of those in either); NaN where both are empty."""
+    shares = []
+    for one, other in zip(a, b, strict=True):
+        ids, more = set(one.ids.tolist()), set(other.ids.tolist())
+        shares.append(len(ids & more) / len(ids | more) if ids | more else math.nan)
+    return torch.tensor(shares)
 
 
 def _unit_rows(

@@ -155,6 +155,38 @@ def stack(
     return levels
 
 
+def compare(
+    rows: Any,
+    widths: Sequence[int],
+    *,
+    l1_coefficient: float,
+    config: TrainConfig,
+    **scoring: Any,
+) -> "pd.DataFrame":
+    """Towers by both losses, on rescaled and on raw data: `tower_table` of all three.
+
+    The column "loss" says which. λ of the summed loss is such that its first level is
+    the same as with the loss per row on raw data.
+    """
+    import pandas as pd
+
+    store = as_store(rows)
+    same = l1_coefficient / (config.batch_size * store.d_in)
+    hows = {
+        "per row, rescaled": dict(l1_coefficient=l1_coefficient),
+        "per row, raw": dict(l1_coefficient=l1_coefficient, input_scale="none"),
+        "summed, raw": dict(
+            l1_coefficient=same, normalisation="summed", input_scale="none"
+        ),
+    }
+    tables = []
+    for name, how in hows.items():
+        levels = stack(store, widths, config=config, **how, **scoring)
+        tables.append(tower_table(levels))
+        tables[-1].insert(0, "loss", name)
+    return pd.concat(tables, ignore_index=True)
+
+
 def tower_table(levels: Sequence[Level], name: str = "level") -> "pd.DataFrame":
     """One row a level, numbers as numbers."""
     import pandas as pd
@@ -171,8 +203,8 @@ def tower_table(levels: Sequence[Level], name: str = "level") -> "pd.DataFrame":
         if level.whole.in_model is not None:
             points = 100 * level.whole.in_model.delta_accuracy
             row["Δ accuracy (points)"] = points
-        row |= {"angle (°)": level.angles[0], "its sd": level.angles[1]}
-        row |= {"sd by chance": level.by_chance[1], "alarm": level.alarm}
+        row |= {"mean angle (°)": level.angles[0], "sd of angles (°)": level.angles[1]}
+        row |= {"sd by chance (°)": level.by_chance[1], "alarm": level.alarm}
         out.append(row)
     return pd.DataFrame(out)
 

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from saeutils import meta
 from saeutils.baselines import Dictionary
+from saeutils.examples import Codes, top_examples
 from saeutils.metrics import max_cosine
 
 
@@ -150,6 +151,26 @@ def test_through_latents_joins_codes_and_members():
     x = torch.tensor([[0.5, 9, 0, 2]])
     want = 0.5 * through.members[0] + 2 * through.members[3]
     assert torch.allclose(through.encode(x)[0], want)
+
+
+def test_purity_by_hand():
+    members = torch.tensor([[1.0, 0, 0], [3, 1, 0], [0, 1, 0], [9, 9, 9]])
+    classes = torch.tensor([5, 5, 2, -1])
+    assert meta.purity(members, classes) == pytest.approx((1 + 0.5) / 2)
+
+
+def test_overlap_is_of_ids():
+    ids = torch.arange(10, 14)
+    a, b = (
+        top_examples(Codes(None, torch.tensor(z), ids=ids), 2)
+        for z in (
+            [[1.0, 0, 0], [2, 0, 3], [3, 0, 0], [0, 0, 0]],
+            [[9.0, 0, 0], [0, 0, 1], [8, 0, 0], [0, 0, 0]],
+        )
+    )
+    same, neither, equal = meta.overlap(a, b).tolist()
+    assert same == pytest.approx(1 / 3)  # {11, 12} and {10, 12}
+    assert math.isnan(neither) and equal == 1
 
 
 @pytest.mark.parametrize(

@@ -124,6 +124,16 @@ def test_levels_are_scored_in_the_model():
     assert table["FVU of activations"].iloc[1] == pytest.approx(fvu, rel=1e-4)
 
 
+def test_compare_holds_three_towers_side_by_side():
+    x = rows(500)
+    table = tower.compare(x, [24, 24], l1_coefficient=1.0, config=QUICK)
+    assert table.groupby("loss", sort=False).size().tolist() == [2, 2, 2]
+    first = table[table["name"] == "level 1"].set_index("loss")["FVU of its data"]
+    assert first["summed, raw"] == pytest.approx(first["per row, raw"], abs=1e-4)
+    last = table[table["name"] == "level 2"].set_index("loss")["FVU of its data"]
+    assert last["summed, raw"] > last["per row, raw"] > last["per row, rescaled"]
+
+
 def test_angles_of_known_and_of_random_directions():
     assert tower.angles(torch.eye(5)) == pytest.approx((90, 0), abs=1e-6)
     plane = torch.tensor([[1.0, 0], [0, 2], [3, 3]])  # 90, 45, 45 degrees

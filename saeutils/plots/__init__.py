@@ -10,6 +10,7 @@ from saeutils.plots.images import image_grid, reconstructions, top_images
 from saeutils.plots.intervals import intervals
 from saeutils.plots.ladder import ladder
 from saeutils.plots.maps import cosine_histogram, cosine_map, pca_map
+from saeutils.plots.panels import image_panels
 from saeutils.plots.scores import (
     class_profile,
     cumulative,
@@ -30,6 +31,7 @@ __all__ = [
     "density",
     "dots",
     "image_grid",
+    "image_panels",
     "intervals",
     "ladder",
     "loss_curves",
