@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -122,12 +123,21 @@ def evaluate(
     *,
     batch_size: int = 2048,
 ) -> Evaluation:
-    """Accuracy and cross-entropy of `model` on all of `data` (sums in float64)."""
+    """Accuracy and cross-entropy of `model` on all of `data` (sums in float64).
+
+    data: images, or a pair (inputs, labels); of a language model (tokens, next tokens),
+        both (n, positions), where a label of −100 means that nothing is asked for.
+    batch_size: labels in one go.
+    """
     device = _device(model)
+    if isinstance(data, tuple) and data[1].ndim == 2:
+        batch_size = max(1, batch_size // data[1].shape[1])
     n, correct, nats = 0, 0, 0.0
     with evaluation_mode(model):
         for x, y in labelled_batches(data, batch_size):
             logits, y = model(x.to(device)), y.to(device)
+            if y.ndim == 2:
+                logits, y = logits[y != -100].float(), y[y != -100]
             correct += (logits.argmax(-1) == y).sum().item()
             nats += F.cross_entropy(logits, y, reduction="none").double().sum().item()
             n += len(y)
@@ -343,3 +353,10 @@ def _shifter(
 
 def _device(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
+
+
+def story_model(name: str | Path = "story-2L", *, device: str = "cpu") -> nn.Module:
+    """A story transformer, embedded, from a folder or the hub: see `story_models`."""
+    from saeutils import story_models
+
+    return story_models.story_model(name, device=device)

@@ -109,20 +109,20 @@ def in_model(
         return out.to(acts.dtype).reshape(acts.shape)
 
     with evaluation_mode(model):
-        with _edited(model, hook, watch):
+        with edited(model, hook, watch):
             clean = evaluate(model, data, batch_size=batch_size)
         if moments is None:
             raise ValueError(f"the model never calls {hook!r}, so nothing can change")
         mean = moments.mean
         results = []
         for edit in (splice, lambda a: mean.to(a).expand_as(a), torch.zeros_like):
-            with _edited(model, hook, edit):
+            with edited(model, hook, edit):
                 results.append(evaluate(model, data, batch_size=batch_size))
     return InModel(hook, clean, *results)
 
 
 @contextmanager
-def _edited(model: nn.Module, hook: str, edit: Callable[[Tensor], Tensor]):
+def edited(model: nn.Module, hook: str, edit: Callable[[Tensor], Tensor]):
     """Inside, the output of `hook` is `edit(output)` (its first part, of a tuple)."""
 
     def replace(_module: nn.Module, _inputs: Any, output: Any) -> Any:

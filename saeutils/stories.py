@@ -182,10 +182,10 @@ def _of_hub(name: str, split: str, n: int | None) -> list[str]:
         rows = datasets.load_dataset(name, split=wanted, streaming=n is not None)
         return [row["text"] for row in (rows if n is None else rows.take(n))]
     except (OSError, ValueError, RuntimeError) as error:
+        why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise ConnectionError(
             f"the dataset {name!r} ({wanted}) cannot be had from the hub "
-            f"({type(error).__name__}: {str(error)[:200]}). {_ALTERNATIVE}; or give "
-            "the path of a file or folder"
+            f"({why}). {_ALTERNATIVE}; or give the path of a file or folder"
         ) from error
 
 
