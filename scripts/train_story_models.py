@@ -206,13 +206,11 @@ def train(
 ) -> Training:
     run = Training(name, work, device, steps)
     began, first, losses = time.perf_counter(), run.seen, []
-    epoch, rows = -1, np.empty((0, 0))
+    a_pass, loaded = (sum(map(len, stories)) - 1) // CONTEXT, -1
     while run.step < steps:
-        if run.step * BATCH // max(1, len(rows)) != epoch or epoch < 0:
-            rows = rows_of_epoch(stories, max(epoch, 0))
-            epoch = run.step * BATCH // len(rows)
-            rows = rows_of_epoch(stories, epoch)
-        at = run.step * BATCH % len(rows)
+        epoch, at = divmod(run.step * BATCH, a_pass)
+        if epoch != loaded:
+            rows, loaded = rows_of_epoch(stories, epoch), epoch
         losses.append(run.update(rows[at : at + BATCH]))
         if run.step % EVERY == 0 or run.step == steps:
             run.save()
@@ -263,6 +261,8 @@ def measured(nats, texts: list[str], coded: list[np.ndarray]) -> dict[str, float
             total += float(nats(story).sum(dtype=np.float64))
             n += len(story) - 1
             characters += len(text)
+    if n == 0:
+        raise SystemExit(f"no test story fits into {CONTEXT} tokens")
     return {"per token": total / n, "per character": total / characters}
 
 
@@ -445,7 +445,7 @@ def main(args: argparse.Namespace) -> None:
     print(json.dumps(scores, indent=2))
 
 
-if __name__ == "__main__":
+def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("text", nargs="+", type=Path, help="files of stories")
     parser.add_argument("--held-out", type=Path, required=True, help="never trained on")
@@ -458,4 +458,8 @@ if __name__ == "__main__":
     parser.add_argument(
         "--export-only", action="store_true", help="write what has been trained so far"
     )
-    main(parser.parse_args())
+    return parser.parse_args(given)
+
+
+if __name__ == "__main__":
+    main(arguments())
