@@ -350,8 +350,8 @@ def sanity(
         at = None if layer is None else hook_point(g.model, layer)
         for method in methods:
             out[method] = attribute(g, x, unit, method, layer=at, **options)
-    for name, times in zip(CONTROLS, ((x - baseline).abs(), 1), strict=True):
-        maps[name], again[name] = noise * times
+    maps[CONTROLS[0]], again[CONTROLS[0]] = noise * (x - baseline).abs()
+    maps[CONTROLS[1]], again[CONTROLS[1]] = noise.flip(0)
     curves = {
         insert: {
             name: curve(f, x, unit, v, insert=insert, baseline=baseline, seed=seed)
@@ -378,22 +378,23 @@ def sanity(
     return Sanity(pd.DataFrame(rows), maps, again, curves[False], curves[True])
 
 
-def trusted(
+def failed_tests(
     table: "pd.DataFrame", *, slack: float = 0.1, most_junk: float = 1.0
-) -> list[str]:
-    """Names of the methods in a table of `sanity` that pass all four tests.
+) -> dict[str, list[str]]:
+    """For each method in a table of `sanity`, the scores it fails by; none is good.
 
-    Deleting hurts more, and inserting helps more, than with ink × noise; ρ with
-    randomised weights exceeds that of ink × noise by no more than `slack`; at most
-    `most_junk` % is on junk. The limits are a convention: look at the numbers. Rows of
-    one name (seeds) are averaged.
+    Deleting must hurt more, and inserting help more, than with ink × noise; ρ with
+    randomised weights may exceed that of ink × noise by `slack`; `most_junk` % may lie
+    on junk. The limits are a convention: look at the numbers. Rows of one name (seeds)
+    are averaged.
     """
     scores = table.groupby("name", sort=False).mean(numeric_only=True)
     null = scores.loc[CONTROLS[0]]
-    passed = (
-        (scores["deletion"] < null["deletion"])
-        & (scores["insertion"] > null["insertion"])
-        & (scores["ρ random"] <= null["ρ random"] + slack)
-        & (scores["junk %"] <= most_junk)
-    )
-    return [name for name in scores.index[passed] if name not in CONTROLS]
+    failed = {
+        "deletion": scores["deletion"] >= null["deletion"],
+        "insertion": scores["insertion"] <= null["insertion"],
+        "ρ random": scores["ρ random"] > null["ρ random"] + slack,
+        "junk %": scores["junk %"] > most_junk,
+    }
+    methods = [name for name in scores.index if name not in CONTROLS]
+    return {m: [test for test, bad in failed.items() if bad[m]] for m in methods}

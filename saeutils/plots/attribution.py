@@ -65,12 +65,16 @@ def attributions(
             showscale=False,
             hoverinfo="skip",
         )
-    texts = [
-        (j * pitch[1] + (w - 1) / 2, -2, t) for j, t in enumerate(["image", *maps])
-    ]
-    for x, y, text in texts:
+    for j, text in enumerate(["image", *maps]):
         fig.add_annotation(
-            x=x, y=y, text=text, showarrow=False, yanchor="bottom", font_size=11
+            x=j * pitch[1] + (w - 1) / 2,
+            y=1,
+            yref="paper",
+            yshift=2,
+            text=text,
+            showarrow=False,
+            yanchor="bottom",
+            font_size=11,
         )
     for i, text in enumerate(row_titles):
         fig.add_annotation(
@@ -85,7 +89,7 @@ def attributions(
             font_size=11,
         )
     longest = max((len(p) for t in row_titles for p in t.split("<br>")), default=0)
-    margin = dict(l=20 + 6 * longest, r=20, t=115 if subtitle else 85, b=10)
+    margin = dict(l=20 + 6 * longest, r=20, t=135 if subtitle else 100, b=10)
     height, width = n * pitch[0] * cell / h, (1 + len(maps)) * pitch[1] * cell / w
     size = dict(
         width=round(width) + margin["l"] + margin["r"],
@@ -104,19 +108,27 @@ def removal_curves(
     title: str,
     subtitle: str = "0: as on a blank image; 1: as on the whole image",
     controls: Sequence[str] = (),
+    across: int = 2,
 ) -> go.Figure:
-    """Deletion and insertion curves side by side, controls in grey.
+    """Deletion and insertion curves, one panel each, controls in grey.
 
     Args:
         panels: panel title -> name -> curve at equal steps from 0 % to 100 % of the
             pixels.
+        across: panels beside each other.
     """
+    down = -(-len(panels) // across)
     fig = make_subplots(
-        1, len(panels), subplot_titles=list(panels), horizontal_spacing=0.09
+        down,
+        across,
+        subplot_titles=list(panels),
+        horizontal_spacing=0.08,
+        vertical_spacing=0.25 / down,
     )
     names = list(dict.fromkeys(name for curves in panels.values() for name in curves))
     coloured = [name for name in names if name not in controls]
-    for j, curves in enumerate(panels.values(), start=1):
+    shown = set()
+    for i, curves in enumerate(panels.values()):
         for name, heights in curves.items():
             heights, null = array(heights), name in controls
             number = (list(controls) if null else coloured).index(name)
@@ -125,18 +137,20 @@ def removal_curves(
                 y=heights,
                 name=name,
                 legendgroup=name,
-                showlegend=j == 1,
+                showlegend=name not in shown,
                 mode="lines",
                 line=dict(
                     color=NULL if null else LINES[number % len(LINES)],
                     width=2,
                     dash=DASHES[number % 3] if null else "solid",
                 ),
-                row=1,
-                col=j,
+                row=i // across + 1,
+                col=i % across + 1,
             )
-    fig.update_xaxes(title_text="pixels moved, in % of the image", ticksuffix=" %")
-    styled(fig, title, subtitle, width=980, height=470)
+            shown.add(name)
+    styled(fig, title, subtitle, width=980, height=150 + 290 * down)
+    fig.update_xaxes(ticksuffix=" %")
+    fig.update_xaxes(title_text="pixels moved, in % of the image", row=down)
     fig.update_yaxes(title_text="pre-activation, as a share", col=1)
     return panel_titles(fig)
 
