@@ -6,25 +6,21 @@ Its hook points have transformer_lens' names (`model.hook_dict`), as
 "blocks.0.hook_mlp_out" or "blocks.1.hook_resid_post".
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-import torch.nn.functional as F
-from jaxtyping import Float, Int64
+from jaxtyping import Int64
 from torch import Tensor, nn
 
 from saeutils.datasets import data_folder
-from saeutils.models import evaluate, evaluation_mode, hook_point
+from saeutils.models import evaluation_mode
 from saeutils.splicing import edited
-from saeutils.stories import Tokens
-from saeutils.streaming import RunningMoments
 
 if TYPE_CHECKING:
-    import pandas as pd
+    pass
 
 EMBEDDED = ("story-1L", "story-2L")
 ON_THE_HUB = {  # transformer_lens' names of what the notebooks use
@@ -32,7 +28,6 @@ ON_THE_HUB = {  # transformer_lens' names of what the notebooks use
     "tiny-stories-1L-21M": "roneneldan/TinyStories-1Layer-21M",
     "tiny-stories-2L-33M": "roneneldan/TinyStories-2Layers-33M",
 }
-IGNORED = -100  # the label of a position where nothing is to be predicted
 
 
 def story_model(name: str | Path = "story-2L", *, device: str = "cpu") -> nn.Module:
@@ -111,184 +106,6 @@ def check_tokens(model: nn.Module, ids: Int64[Tensor, "n context"]) -> None:
         )
     if ids.shape[1] > context:
         raise ValueError(f"rows of {ids.shape[1]} tokens: the model sees {context}")
-
-
-def next_tokens(
-    model: nn.Module, tokens: Tokens
-) -> tuple[Int64[Tensor, "n context"], Int64[Tensor, "n context"]]:
-    """The pair (inputs, labels) that `evaluate`, `in_model` and `scorecard` take.
-
-    The label of a position is the next token; IGNORED at the end of a row and in the
-    padding, but for the first token after a story, which ends it.
-
-    Raises ValueError for tokens that the model does not know.
-    """
-    ids = torch.from_numpy(tokens.ids)
-    check_tokens(model, ids)
-    labels = torch.full_like(ids, IGNORED)
-    labels[:, :-1] = ids[:, 1:]
-    for row, spans in enumerate(tokens.spans):
-        length = sum(stop > start for start, stop in spans)
-        labels[row, length + 1 :] = IGNORED
-    return ids, labels
-
-
-def loss_by_token(
-    model: nn.Module,
-    pair: tuple[Int64[Tensor, "n context"], Int64[Tensor, "n context"]],
-    *,
-    batch_size: int = 32,
-) -> Float[Tensor, "n context"]:
-    """−log p(label), in nats; NaN where nothing is to be predicted."""
-    ids, labels = pair
-    device = next(model.parameters()).device
-    parts = []
-    with evaluation_mode(model):
-        for i in range(0, len(ids), batch_size):
-            logits = model(ids[i : i + batch_size].to(device)).float()
-            wanted = labels[i : i + batch_size].to(device)
-            nats = F.cross_entropy(logits.mT, wanted, reduction="none")
-            parts.append(nats.masked_fill(wanted == IGNORED, torch.nan).cpu())
-    return torch.cat(parts)
-
-
-def ablations(
-    model: nn.Module,
-    pair: tuple[Int64[Tensor, "n context"], Int64[Tensor, "n context"]],
-    hooks: Sequence[str],
-) -> "pd.DataFrame":
-    """What each hook point is worth: the loss without it, and the difference.
-
-    Zero-ablation puts zeros in the place of the activations, and often costs more than
-    they carry, because the rest was never trained on zeros. Mean-ablation puts their
-    mean over all positions, and so removes only what varies.
-
-    Returns one row a hook: hook, clean, zero, mean (nats a token), Δ zero, Δ mean,
-    uniform (log of the vocabulary: what knowing nothing costs).
-    """
-    import pandas as pd
-
-    means = _means(model, pair, hooks)
-    clean = evaluate(model, pair).cross_entropy
-    rows = []
-    for hook in hooks:
-        edits = {"zero": torch.zeros_like, "mean": _constant(means[hook])}
-        row = {"hook": hook, "clean": clean}
-        for name, edit in edits.items():
-            with edited(model, hook, edit):
-                row[name] = evaluate(model, pair).cross_entropy
-        rows.append(row)
-    table = pd.DataFrame(rows)
-    for name in ("zero", "mean"):
-        table[f"Δ {name}"] = table[name] - table.clean
-    return table.assign(uniform=float(np.log(model.cfg.d_vocab)))
-
-
-def _constant(mean: Float[Tensor, " d"]) -> Callable[[Tensor], Tensor]:
-    return lambda acts: mean.to(acts).expand_as(acts)
-
-
-def _means(
-    model: nn.Module, pair: tuple[Tensor, Tensor], hooks: Sequence[str]
-) -> dict[str, Float[Tensor, " d"]]:
-    moments: dict[str, RunningMoments] = {}
-
-    def watch(hook: str) -> Callable[[Tensor], Tensor]:
-        def add(acts: Tensor) -> Tensor:
-            rows = acts.flatten(0, -2)
-            if hook not in moments:
-                moments[hook] = RunningMoments(rows.shape[1], device=rows.device)
-            moments[hook].update(rows)
-            return acts
-
-        return add
-
-    with ExitStack() as stack:
-        for hook in hooks:
-            stack.enter_context(edited(model, hook, watch(hook)))
-        evaluate(model, pair)
-    return {hook: m.mean for hook, m in moments.items()}
-
-
-class Attention(NamedTuple):
-    """How one layer attends, averaged over rows (and positions)."""
-
-    hook: str
-    pattern: Float[Tensor, "heads query key"]
-    """Mean share of attention that a position gives to another."""
-    distance: Float[Tensor, " heads"]
-    """Mean number of positions looked back."""
-    first: Float[Tensor, " heads"]
-    """Share that goes to the first position, of all but that."""
-    reach: int
-    """How far back any attention goes; shows the window of a local layer."""
-
-
-def attention(
-    model: nn.Module, ids: Int64[Tensor, "n context"], layers: Sequence[int]
-) -> list[Attention]:
-    """Where the heads of each layer look. Raises ValueError for an unknown layer."""
-    check_tokens(model, ids)
-    hooks = [f"blocks.{layer}.attn.hook_pattern" for layer in layers]
-    for hook in hooks:
-        hook_point(model, hook)
-    found = []
-    place = torch.arange(ids.shape[1])
-    back = (place[:, None] - place).float()
-    with evaluation_mode(model):
-        _, cache = model.run_with_cache(
-            ids.to(next(model.parameters()).device), names_filter=hooks
-        )
-    for hook in hooks:
-        pattern = cache[hook].float().cpu().mean(0)
-        seen = (pattern > 0).any(0)
-        found.append(
-            Attention(
-                hook,
-                pattern,
-                (pattern * back).sum(-1).mean(-1),
-                pattern[:, 1:, 0].mean(-1),
-                int(back[seen].max()),
-            )
-        )
-    return found
-
-
-def logit_lens(
-    model: nn.Module,
-    pair: tuple[Int64[Tensor, "n context"], Int64[Tensor, "n context"]],
-    *,
-    batch_size: int = 32,
-) -> "pd.Series":
-    """Loss (nats a token) if the model had to speak after each step of its layers.
-
-        softmax(W_U · ln_final(x)),  x the residual stream at that place
-
-    The last one is the loss of the model itself. Source: nostalgebraist, "interpreting
-    GPT: the logit lens", 2020.
-    """
-    import pandas as pd
-
-    n = model.cfg.n_layers
-    names = {"embedding": "blocks.0.hook_resid_pre"}
-    for i in range(n):
-        names[f"attention {i}"] = f"blocks.{i}.hook_resid_mid"
-        names[f"MLP {i}"] = f"blocks.{i}.hook_resid_post"
-    names = {k: hook for k, hook in names.items() if hook in model.hook_dict}
-    ids, labels = pair
-    device = next(model.parameters()).device
-    total, count = dict.fromkeys(names, 0.0), int((labels != IGNORED).sum())
-    with evaluation_mode(model):
-        for i in range(0, len(ids), batch_size):
-            _, cache = model.run_with_cache(
-                ids[i : i + batch_size].to(device), names_filter=list(names.values())
-            )
-            wanted = labels[i : i + batch_size].to(device)
-            for name, hook in names.items():
-                logits = model.unembed(model.ln_final(cache[hook])).float()
-                nats = F.cross_entropy(logits.mT, wanted, reduction="sum")
-                total[name] += nats.item()
-    return pd.Series({name: nats / count for name, nats in total.items()})
 
 
 def generate(

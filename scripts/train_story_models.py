@@ -30,6 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from saeutils import grammar
+from saeutils.language import Bigram
 from saeutils.stories import END, read_stories
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -226,24 +227,15 @@ def train(
 # --- how good it is -----------------------------------------------------------
 
 
-class Bigram:
-    """p(b | a) = (count(a, b) + d·kinds(a)·q(b)) / count(a), absolute discounting."""
+def bigram_nats(stories: list[np.ndarray]):
+    """The loss by token of a bigram model fitted to the stories."""
+    model = Bigram(_pair(np.concatenate(stories)), VOCABULARY)
+    return lambda story: np.full(len(story) - 1, model.loss(_pair(story)))
 
-    def __init__(self, stories: list[np.ndarray], discount: float = 0.75):
-        pairs = np.concatenate([s[:-1] * VOCABULARY + s[1:] for s in stories])
-        counts = np.bincount(pairs, minlength=VOCABULARY**2).astype(np.float32)
-        counts = counts.reshape(VOCABULARY, VOCABULARY)
-        kinds, self.total = (counts > 0).sum(1), counts.sum(1)
-        below = (counts > 0).sum(0) + 0.5  # Kneser and Ney: in how many contexts
-        self.below = below / below.sum()
-        self.kept = np.maximum(counts - discount, 0)
-        self.left = discount * kinds
 
-    def nats(self, story: np.ndarray) -> np.ndarray:
-        a, b = story[:-1], story[1:]
-        total = np.maximum(self.total[a], 1)
-        left = np.where(self.total[a] > 0, self.left[a], 1)
-        return -np.log((self.kept[a, b] + left * self.below[b]) / total)
+def _pair(stream: np.ndarray) -> tuple[Tensor, Tensor]:
+    tokens = torch.from_numpy(stream)[None]
+    return tokens[:, :-1], tokens[:, 1:]
 
 
 @torch.no_grad()
@@ -435,7 +427,7 @@ def main(args: argparse.Namespace) -> None:
         scores[f"story-{name}"] = score(lambda s, m=model: nats_of(m, s))
         drawn[name] = samples(model, tokenizer)
         print(name, json.dumps(scores[f"story-{name}"]), flush=True)
-    scores["bigram"] = score(Bigram(stories).nats)
+    scores["bigram"] = score(bigram_nats(stories))
     if args.reference:
         scores["stories15M"] = reference_scores(args.reference, tests)
     for name in args.models:

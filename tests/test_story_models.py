@@ -17,6 +17,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from saeutils import language
 from saeutils import story_models as sm
 from saeutils.activations import save_activations
 from saeutils.metrics import scorecard
@@ -97,7 +98,7 @@ def two(folders):
 
 @pytest.fixture(scope="module")
 def pair(two):
-    return sm.next_tokens(two, tokens(DATA, two.tokenizer, CONTEXT))
+    return language.next_tokens(two, tokens(DATA, two.tokenizer, CONTEXT))
 
 
 @pytest.mark.parametrize("name", ["1L", "2L", "llama"])
@@ -136,30 +137,30 @@ def test_one_folder_after_another_works_from_anywhere(folders, monkeypatch):
 def test_labels_are_the_next_tokens_up_to_the_end_of_the_story(two):
     text = ["Tom sat.", "She saw a cat and " * 40]
     coded = tokens(StoryData(text, np.arange(2), "train", "own"), two.tokenizer, 32)
-    ids, labels = sm.next_tokens(two, coded)
+    ids, labels = language.next_tokens(two, coded)
     n = len(two.tokenizer.encode(text[0], add_special_tokens=False))
     assert labels[0, :n].tolist() == ids[0, 1 : n + 1].tolist()
     assert labels[0, n] == 0  # the story ends
-    assert (labels[0, n + 1 :] == sm.IGNORED).all()
-    assert labels[1].tolist() == [*ids[1, 1:].tolist(), sm.IGNORED]
+    assert (labels[0, n + 1 :] == language.IGNORED).all()
+    assert labels[1].tolist() == [*ids[1, 1:].tolist(), language.IGNORED]
 
 
 def test_packed_rows_ask_for_every_token_but_after_the_last(two):
     coded = tokens(DATA, two.tokenizer, 32, packed=True)
-    ids, labels = sm.next_tokens(two, coded)
+    ids, labels = language.next_tokens(two, coded)
     assert torch.equal(labels[:, :-1], ids[:, 1:])
-    assert (labels[:, -1] == sm.IGNORED).all()
+    assert (labels[:, -1] == language.IGNORED).all()
 
 
 def test_loss_is_the_mean_over_what_is_asked_for(two, pair):
-    by_token = sm.loss_by_token(two, pair, batch_size=7)
+    by_token = language.loss_by_token(two, pair, batch_size=7)
     ids, labels = pair
     with torch.no_grad():
         p = two(ids).double().softmax(-1)
     for row, place in ((0, 0), (3, 17)):
         expected = -math.log(p[row, place, labels[row, place]])
         assert by_token[row, place].item() == pytest.approx(expected, abs=1e-4)
-    asked = labels != sm.IGNORED
+    asked = labels != language.IGNORED
     assert torch.equal(by_token.isnan(), ~asked)
     found = evaluate(two, pair, batch_size=5 * CONTEXT)
     assert found.cross_entropy == pytest.approx(by_token[asked].mean().item(), rel=1e-5)
@@ -169,7 +170,9 @@ def test_loss_is_the_mean_over_what_is_asked_for(two, pair):
 
 def test_ablations_against_the_model_with_the_weights_taken_out(folders, two, pair):
     hook = "blocks.1.hook_mlp_out"
-    table = sm.ablations(two, pair, [hook, "blocks.0.hook_attn_out"]).set_index("hook")
+    table = language.ablations(two, pair, [hook, "blocks.0.hook_attn_out"]).set_index(
+        "hook"
+    )
     without = GPTNeoForCausalLM.from_pretrained(folders / "2L").eval()
     torch.nn.init.zeros_(without.transformer.h[1].mlp.c_proj.weight)
     bias = without.transformer.h[1].mlp.c_proj.bias.data
@@ -190,18 +193,18 @@ def test_ablations_against_the_model_with_the_weights_taken_out(folders, two, pa
 
 
 def test_attention_shows_the_window_of_the_local_layer(two, pair):
-    globally, locally = sm.attention(two, pair[0][:4], [0, 1])
+    globally, locally = language.attention(two, pair[0][:4], [0, 1])
     assert locally.reach == WINDOW - 1 and globally.reach == CONTEXT - 1
     for layer in (globally, locally):
         assert torch.allclose(layer.pattern.sum(-1), torch.ones(4, CONTEXT), atol=1e-5)
         assert layer.pattern.triu(1).abs().max() == 0
         assert (layer.distance < layer.reach).all()
     with pytest.raises(ValueError, match="no hook point"):
-        sm.attention(two, pair[0], [5])
+        language.attention(two, pair[0], [5])
 
 
 def test_the_logit_lens_ends_at_the_loss_of_the_model(two, pair):
-    lens = sm.logit_lens(two, pair, batch_size=9)
+    lens = language.logit_lens(two, pair, batch_size=9)
     assert list(lens.index) == [
         "embedding",
         "attention 0",
@@ -252,7 +255,7 @@ def test_the_whole_pipeline_runs_on_a_local_folder(two, tmp_path, pair):
     assert 0 < card.fvu < 1.5
     same = in_model(two, hook, lambda rows: rows, pair)
     assert same.spliced == pytest.approx(same.clean)
-    table = sm.ablations(two, pair, [hook]).iloc[0]
+    table = language.ablations(two, pair, [hook]).iloc[0]
     assert same.zero_ablated.cross_entropy == pytest.approx(table["zero"])
     assert same.mean_ablated.cross_entropy == pytest.approx(table["mean"])
 
@@ -289,3 +292,38 @@ def test_tokens_of_another_model_are_refused(two):
         sm.check_tokens(two, torch.tensor([[0, 300]]))
     with pytest.raises(ValueError, match=f"the model sees {CONTEXT}"):
         sm.check_tokens(two, torch.zeros(1, CONTEXT + 1, dtype=torch.int64))
+
+
+def test_forced_choice_by_hand(two):
+    words = ("was", "to")
+    texts = ["He was sad. She went to bed. It was so.", "She was here."]
+    coded = tokens(StoryData(texts, np.arange(2), "train", "own"), two.tokenizer, 32)
+    pair = language.next_tokens(two, coded)
+    with torch.no_grad():
+        logits = two(pair[0])
+    a, b = (two.tokenizer.encode(f" {w}", add_special_tokens=False) for w in words)
+    assert len(a) == len(b) == 1
+    right = 0
+    for row, place in (pair[1] == a[0]).nonzero().tolist():
+        right += bool(logits[row, place, a[0]] > logits[row, place, b[0]])
+    for row, place in (pair[1] == b[0]).nonzero().tolist():
+        right += bool(logits[row, place, b[0]] >= logits[row, place, a[0]])
+    assert language.forced_choice(two, pair, words) == (right / 4, 3 / 4, 4)
+    with pytest.raises(ValueError, match="'octopus' is not a single token"):
+        language.forced_choice(two, pair, ("was", "octopus"))
+    with pytest.raises(ValueError, match="occurs in the text"):
+        language.forced_choice(two, (pair[0][1:], pair[1][1:] * 0 + 5), words)
+
+
+def test_the_bigram_model_is_a_distribution_and_knows_what_it_saw():
+    row = torch.tensor([[0, 5, 6, 5, 7, 0, 5, 6]])
+    labels = torch.cat([row[:, 1:], torch.tensor([[language.IGNORED]])], 1)
+    model = language.Bigram((row, labels), 10)
+    for a in (5, 9):  # seen, and never seen
+        pairs = [(torch.tensor([[a]]), torch.tensor([[b]])) for b in range(10)]
+        total = sum(math.exp(-model.loss(pair)) for pair in pairs)
+        assert total == pytest.approx(1)
+    q = model.below
+    expected = (2 - 0.75 + 0.75 * 2 * q[6]) / 3  # 6 and 7 follow 5, three times
+    found = model.loss((torch.tensor([[5]]), torch.tensor([[6]])))
+    assert found == pytest.approx(-math.log(expected))

@@ -133,17 +133,6 @@ def test_rows_of_an_epoch_hold_every_story_once_in_an_order_of_their_own():
     assert len(own) == len(stream) - (stream == 0).sum()
 
 
-def test_the_bigram_model_is_a_distribution_and_knows_what_it_saw():
-    stories = [np.array([0, 5, 6, 5, 7]), np.array([0, 5, 6])]
-    model = trainer.Bigram(stories)
-    for a in (5, 4000):  # seen, and never seen
-        pairs = np.stack([np.full(4096, a), np.arange(4096)], 1)
-        p = np.exp([-model.nats(pair)[0] for pair in pairs])
-        assert p.sum() == pytest.approx(1, abs=1e-4)
-    seen, unseen = model.nats(np.array([5, 6]))[0], model.nats(np.array([5, 9]))[0]
-    assert seen < 1 < unseen
-
-
 def test_training_resumes_and_writes_a_model_and_its_card(tmp_path, monkeypatch):
     for name, value in dict(
         WIDTH=24, HEADS=2, VOCABULARY=400, CONTEXT=800, EVERY=2
