@@ -58,7 +58,7 @@ class MetaSAE:
         return codes_at(self.sae, F.normalize(W_dec, dim=1), self.k)
 
 
-def split_rows(n: int, held_out: float = 0.2, seed: int = 0) -> Split:
+def split_rows(n: int, held_out: int | float = 0.2, seed: int = 0) -> Split:
     """n numbers, drawn apart at random."""
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
     kept = round(held_out * n)
@@ -70,10 +70,10 @@ def train_meta(
     d_sae: int,
     *,
     k: int | float = 4,
-    held_out: float = 0.2,
+    held_out: int | float = 0.2,
     steps: int = 300,
     batch_size: int = 256,
-    lr: float = 2e-3,
+    lr: int | float = 2e-3,
     seed: int = 0,
 ) -> MetaSAE:
     """A BatchTopK SAE on decoder rows of length 1, scored on rows it never saw.
@@ -110,10 +110,10 @@ def refit_encoder(
     dictionary: Float[Tensor, "d_sae d_in"],
     *,
     k: int | float = 4,
-    held_out: float = 0.2,
+    held_out: int | float = 0.2,
     steps: int = 300,
     batch_size: int = 256,
-    lr: float = 2e-3,
+    lr: int | float = 2e-3,
     seed: int = 0,
 ) -> MetaSAE:
     """`train_meta` with a dictionary that is given and stays; only its encoder learns.

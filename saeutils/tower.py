@@ -84,7 +84,7 @@ def stack(
     rows: Any,
     widths: Sequence[int],
     *,
-    l1_coefficient: float,
+    l1_coefficient: int | float,
     normalisation: str = "per row",
     input_scale: str = "sqrt_d",
     config: TrainConfig | None = None,
@@ -159,7 +159,7 @@ def compare(
     rows: Any,
     widths: Sequence[int],
     *,
-    l1_coefficient: float,
+    l1_coefficient: int | float,
     config: TrainConfig,
     **scoring: Any,
 ) -> "pd.DataFrame":

@@ -1,0 +1,391 @@
+"""What a unit asks for, as an image: ascent in PIXEL space through the whole model.
+
+    x* = argmax_x  a_t(x) / m_t  −  off · Σ_{j≠t} relu(a_j(x) − θ_j) / m_j  −  R(x)
+
+a_t is the pre-activation of unit t (a neuron, a latent, a meta-latent), m_t its
+maximum over real images. What is found depends on R and on how x is written: as
+pixels, as Fourier coefficients, as phases, or in principal coordinates of the data.
+All images (units × seeds) are one batch. None of this says anything without the
+measures of `measure`: unconstrained ascent reaches any activation with noise.
+
+Sources: Erhan et al. (2009); Mahendran and Vedaldi (2015, total variation, inversion);
+Olah et al. (2017, jitter, Fourier basis); Fel et al. (2023, phases of a fixed
+spectrum); Nguyen et al. (2016, a prior over images).
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from saeutils.pictures import ImageStats, high_frequency, nearest_cosine, stability
+from saeutils.readouts import Readout, run
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+SPACES = ("pixels", "fourier", "phase", "pca")
+OPTIMISERS = ("adam", "rmsprop", "sgd", "sign")
+
+
+# --- how an image is written, and what it pays ------------------------------
+
+
+@dataclass(frozen=True)
+class Method:
+    """How an image is written and what it pays. Weights multiply means over pixels.
+
+    Raises: ValueError for an unknown space or optimiser, or numbers out of range.
+    """
+
+    space: str = "pixels"
+    """pixels: x = p. fourier: x = sigmoid(irfft2(p / f)). phase: the mean spectrum of
+    the data with free phases. pca: x = mean + Σ_i p_i sd_i axis_i."""
+    box: bool = True
+    """Pixels stay in [0, 1]: clipped after each step (pixels), paid for and clipped at
+    the end (pca, phase); a sigmoid does it in fourier."""
+    l2: int | float = 0.0
+    """Weight of mean x²."""
+    tv: int | float = 0.0
+    """Weight of total variation: mean |difference| of neighbours."""
+    jitter: int = 0
+    """Each step looks at the image moved by up to so many pixels."""
+    blur: int | float = 0.0
+    """Each step looks at the image blurred by a Gaussian of so many pixels."""
+    prior: int | float = 0.0
+    """Weight of the mean squared principal coordinate: 1 for real images."""
+    off_target: int | float = 0.0
+    """Weight of the other units' activations, each in its own maxima."""
+    steps: int = 200
+    lr: int | float = 0.05
+    optimiser: str = "adam"
+    """adam, rmsprop; sgd: momentum 0.9 on the gradient at length 1 an image; sign."""
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("space", SPACES), ("optimiser", OPTIMISERS)):
+            if (value := getattr(self, name)) not in allowed:
+                raise ValueError(f"{name} is one of {allowed}, got {value!r}")
+        for name in ("l2", "tv", "jitter", "blur", "prior", "off_target"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative")
+        if self.steps < 1 or not self.lr > 0:
+            raise ValueError(f"needs steps ≥ 1 and lr > 0, got {self.steps}, {self.lr}")
+
+
+METHODS = {
+    "unconstrained": Method(box=False),
+    "clamped": Method(),
+    "L2": Method(l2=4.0),
+    "total variation": Method(tv=4.0),
+    "jitter + blur": Method(jitter=1, blur=1.0),
+    "Fourier 1/f": Method("fourier"),
+    "phases of the mean spectrum": Method("phase"),
+    "PCA + prior": Method("pca", prior=1.5),
+    "PCA + prior, alone": Method("pca", prior=1.5, off_target=0.03),
+}
+
+
+class Maximised(NamedTuple):
+    """What ascent found. Rows run over units first, then over seeds."""
+
+    images: Float[Tensor, "units seeds pixels"]
+    units: Int64[Tensor, " units"]
+    score: Float[Tensor, "units seeds"]
+    """What was maximised, without the terms of `Method`."""
+
+
+def maximise(
+    readout: Readout,
+    units: Sequence[int],
+    maxima: Float[Tensor, " units_of_readout"],
+    stats: ImageStats,
+    method: Method,
+    *,
+    seeds: int = 3,
+    seed: int = 0,
+) -> Maximised:
+    """Images that excite each of `units` most, from `seeds` starts each, in one batch.
+
+    Args:
+        maxima: of each unit of the readout, its largest activation on real images
+            (`readouts.strongest`). Units that never fire have no scale and no gradient
+            worth following: they are refused.
+
+    Raises:
+        ValueError: a unit whose maximum is not positive, or none at all.
+    """
+    units = torch.as_tensor(list(units), dtype=torch.int64)
+    if not len(units) or not bool((maxima[units] > 0).all()):
+        dead = units[~(maxima[units] > 0)].tolist()
+        raise ValueError(
+            f"units {dead} never fire on the data: a picture of them would show "
+            "nothing; choose where maxima > 0"
+            if dead
+            else "no units to maximise"
+        )
+    target = units.repeat_interleave(seeds)
+    scale = maxima.clamp(min=1e-6)
+    fires = maxima > 0
+
+    def objective(images: Tensor) -> tuple[Tensor, Tensor]:
+        pre, _ = readout(images)
+        own = pre.gather(1, target[:, None])[:, 0]
+        score = own / scale[target]
+        if not method.off_target:
+            return score, score
+        others = ((pre - readout.threshold).relu() / scale * fires).sum(1)
+        others = others - (own - readout.threshold[target]).relu() / scale[target]
+        return score, score - method.off_target * others
+
+    images, score = _ascend(objective, len(target), stats, method, seed)
+    shape = len(units), seeds
+    return Maximised(images.view(*shape, -1), units, score.view(shape))
+
+
+def invert(
+    model: nn.Module,
+    hook: str,
+    acts: Float[Tensor, "n d_in"],
+    stats: ImageStats,
+    method: Method,
+    *,
+    strength: int | float = 100,
+    seed: int = 0,
+) -> Float[Tensor, "n pixels"]:
+    """Images whose activations are `acts`: of a layer, or decoded from a code.
+
+        x* = argmin_x  strength · ‖a(x) − a‖² / ‖a‖² + R(x)
+
+    For a code z of an SAE give sae.decode(z).
+    """
+    norm = acts.square().sum(1).clamp(min=1e-12)
+
+    def objective(images: Tensor) -> tuple[Tensor, Tensor]:
+        found, _ = run(model, hook, images)
+        score = -(found - acts).square().sum(1) / norm
+        return score, strength * score
+
+    return _ascend(objective, len(acts), stats, method, seed)[0]
+
+
+def _ascend(
+    objective: Callable[[Tensor], tuple[Tensor, Tensor]],
+    n: int,
+    stats: ImageStats,
+    method: Method,
+    seed: int,
+) -> tuple[Float[Tensor, "n pixels"], Float[Tensor, " n"]]:
+    """Each image climbs on its own: the loss is a sum, and no optimiser mixes them."""
+    generator = torch.Generator().manual_seed(seed)
+    p, render = _written(n, stats, method, generator)
+    p.requires_grad_()
+    momentum = 0.9 if method.optimiser == "sgd" else 0.0
+    optimiser = {
+        "adam": lambda: torch.optim.Adam([p], lr=method.lr),
+        "rmsprop": lambda: torch.optim.RMSprop([p], lr=method.lr),
+    }.get(
+        method.optimiser,
+        lambda: torch.optim.SGD([p], lr=method.lr, momentum=momentum),
+    )()
+    with torch.enable_grad():
+        for _ in range(method.steps):
+            images = render(p)
+            _, gain = objective(_looked_at(images, stats.shape, method, generator))
+            loss = (_payment(images, stats, method) - gain).sum()
+            (p.grad,) = torch.autograd.grad(loss, p)
+            if method.optimiser == "sgd":
+                p.grad /= p.grad.norm(dim=1, keepdim=True).clamp(min=1e-12)
+                p.grad *= p.shape[1] ** 0.5
+            elif method.optimiser == "sign":
+                p.grad.sign_()
+            optimiser.step()
+            if method.box and method.space == "pixels":
+                with torch.no_grad():
+                    p.clamp_(0, 1)
+    with torch.no_grad():
+        images = render(p)
+        if method.box:
+            images = images.clamp(0, 1)
+        return images, objective(images)[0]
+
+
+def _written(
+    n: int, stats: ImageStats, method: Method, generator: torch.Generator
+) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """Start parameters (n, …) and the function that makes images of them."""
+    h, w = stats.shape
+    if method.space == "pixels":
+        start = 0.1 * torch.rand(n, h * w, generator=generator)
+        return start, lambda p: p
+    if method.space == "pca":
+        start = 0.3 * torch.randn(n, len(stats.sd), generator=generator)
+        return start, lambda p: stats.mean + (p * stats.sd) @ stats.axes
+    if method.space == "phase":
+        start = math.pi * (2 * torch.rand(n, h * w, generator=generator) - 1)
+
+        def of_phases(p: Tensor) -> Tensor:
+            angle = torch.fft.rfft2(p.view(n, h, w))
+            unit = angle / angle.abs().clamp(min=1e-9)
+            return torch.fft.irfft2(stats.amplitude * unit, s=(h, w)).flatten(1)
+
+        return start, of_phases
+    frequency = torch.hypot(
+        *torch.meshgrid(torch.fft.fftfreq(h), torch.fft.rfftfreq(w), indexing="ij")
+    )
+    falls = 1 / frequency.clamp(min=1 / max(h, w))
+    start = 0.1 * torch.randn(n, h * w, generator=generator)
+    base = torch.logit(stats.mean.mean())  # sigmoid of this: as much ink as real images
+
+    def of_frequencies(p: Tensor) -> Tensor:
+        spectrum = torch.fft.rfft2(p.view(n, h, w)) * falls
+        return (torch.fft.irfft2(spectrum, s=(h, w)).flatten(1) + base).sigmoid()
+
+    return start, of_frequencies
+
+
+def _looked_at(
+    images: Tensor, shape: tuple[int, int], method: Method, generator: torch.Generator
+) -> Tensor:
+    """The image as the model sees it in this step: moved, blurred."""
+    x = images.view(-1, *shape)
+    if method.jitter:
+        by = torch.randint(
+            -method.jitter, method.jitter + 1, (2,), generator=generator
+        ).tolist()
+        x = x.roll(by, (1, 2))
+    if method.blur:
+        reach = math.ceil(2 * method.blur)
+        at = torch.arange(-reach, reach + 1)
+        kernel = torch.exp(-(at**2) / (2 * method.blur**2))
+        kernel = kernel / kernel.sum()
+        x = F.conv2d(x[:, None], kernel.view(1, 1, -1, 1), padding=(reach, 0))
+        x = F.conv2d(x, kernel.view(1, 1, 1, -1), padding=(0, reach))[:, 0]
+    return x.flatten(1)
+
+
+def _payment(images: Tensor, stats: ImageStats, method: Method) -> Tensor:
+    """R(x), one number an image."""
+    total = images.new_zeros(len(images))
+    if method.l2:
+        total = total + method.l2 * images.square().mean(1)
+    if method.tv:
+        x = images.view(-1, *stats.shape)
+        across, down = x.diff(dim=2).abs(), x.diff(dim=1).abs()
+        total = total + method.tv * (across.mean((1, 2)) + down.mean((1, 2)))
+    if method.prior:
+        coordinates = stats.coordinates(images)
+        total = total + method.prior * coordinates.square().mean(1)
+    if method.box and method.space in ("pca", "phase"):
+        outside = (images - 1).relu().square() + (-images).relu().square()
+        total = total + 10 * outside.mean(1)
+    return total
+
+
+# --- measures ---------------------------------------------------------------
+
+
+class Measures(NamedTuple):
+    """Of one batch of images, one number an image."""
+
+    ratio: Float[Tensor, " n"]
+    """Activation of its unit over that unit's maximum on real images."""
+    neighbour: Float[Tensor, " n"]
+    """Cosine in pixels with the nearest real image."""
+    high_frequency: Float[Tensor, " n"]
+    """Share of its power (without the mean) above half of the highest frequency."""
+    answer: Int64[Tensor, " n"]
+    """Class that the model gives it."""
+    active: Int64[Tensor, " n"]
+    """How many units of the readout fire on it."""
+
+
+@torch.no_grad()
+def measure(
+    images: Float[Tensor, "n pixels"],
+    units: Int64[Tensor, " n"],
+    readout: Readout,
+    maxima: Float[Tensor, " units_of_readout"],
+    stats: ImageStats,
+    *,
+    without: Int64[Tensor, " n"] | None = None,
+) -> Measures:
+    """All measures of images made for `units`.
+
+    Args:
+        without: ids of real images that do not count as a neighbour: for real images,
+            themselves.
+    """
+    pre, logits = readout(images)
+    own = pre.gather(1, units[:, None])[:, 0]
+    return Measures(
+        ratio=own / maxima[units],
+        neighbour=nearest_cosine(images, stats.data, without=without),
+        high_frequency=high_frequency(images, stats.shape),
+        answer=logits.argmax(1),
+        active=(pre > readout.threshold).sum(1),
+    )
+
+
+def compare(
+    readout: Readout,
+    units: Sequence[int],
+    classes: Int64[Tensor, " units"],
+    maxima: Float[Tensor, " units_of_readout"],
+    stats: ImageStats,
+    methods: Mapping[str, Method],
+    *,
+    seeds: int = 3,
+) -> tuple["pd.DataFrame", dict[str, Float[Tensor, "units seeds pixels"]]]:
+    """The table of all methods on the same units, and their images by method.
+
+    Columns, means over units and seeds but for the first: name, × data's maximum
+    (median), nearest real image (cosine), high-frequency share, class agreement
+    (share of images that the model calls `classes`), units active, same unit (cosine
+    of its images from different starts), other units (the same of different units).
+
+    Args:
+        classes: what the model should see in a picture of each unit, e.g. the digit
+            of most of its strongest images.
+    """
+    import pandas as pd
+
+    out, images = [], {}
+    for name, method in methods.items():
+        found = maximise(readout, units, maxima, stats, method, seeds=seeds)
+        images[name] = found.images
+        out.append({"name": name} | summary(found, classes, readout, maxima, stats))
+    return pd.DataFrame(out), images
+
+
+def summary(
+    found: Maximised,
+    classes: Int64[Tensor, " units"],
+    readout: Readout,
+    maxima: Float[Tensor, " units_of_readout"],
+    stats: ImageStats,
+) -> dict[str, float]:
+    """One row of `compare`, without the name."""
+    n_seeds = found.images.shape[1]
+    of = measure(
+        found.images.flatten(0, 1),
+        found.units.repeat_interleave(n_seeds),
+        readout,
+        maxima,
+        stats,
+    )
+    agrees = of.answer == classes.repeat_interleave(n_seeds)
+    same, other = stability(found.images)
+    return {
+        "× data's maximum": of.ratio.median().item(),
+        "nearest real image": of.neighbour.mean().item(),
+        "high-frequency share": of.high_frequency.mean().item(),
+        "class agreement": agrees.float().mean().item(),
+        "units active": of.active.float().mean().item(),
+        "same unit": same,
+        "other units": other,
+    }
