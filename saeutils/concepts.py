@@ -1,5 +1,6 @@
 """Concepts computed from the pixels of an image alone, no labels: loops, strokes, ink.
 
+And what the images that share one have in common, as a direction: `decoded_means`.
 A picture is grey, 0 (paper) to 255 (ink); what is at least `threshold` counts as ink.
 Ink is connected through corners too (8 neighbours), paper through sides only (4).
 """
@@ -11,6 +12,8 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor
+
+from saeutils.metrics import Autoencoder
 
 Images = UInt8[Tensor, "n h w"]
 THRESHOLD = 64  # higher breaks thin loops, lower fills small ones
@@ -138,3 +141,43 @@ def concept_set(name: str, images: Images) -> Concepts:
     if name not in CONCEPT_SETS:
         raise ValueError(f"concept set {name!r} is none of {', '.join(CONCEPT_SETS)}")
     return CONCEPT_SETS[name](images)
+
+
+@torch.no_grad()
+def decoded_means(
+    sae: Autoencoder,
+    rows: Float[Tensor, "n d_in"],
+    member: Bool[Tensor, "m groups"],
+    top: int,
+    *,
+    seed: int | None = None,
+) -> Float[Tensor, "groups d_in"]:
+    """decode(the `top` largest entries of the mean code of each group's rows).
+
+    Args:
+        member: which rows belong to which group (class or concept).
+        top: entries of the mean code that are kept.
+        seed: the control: these entries are moved to other latents, drawn at random
+            for each group among those that fire on any row.
+
+    Raises: ValueError for a group without rows, or top beyond the live latents.
+    """
+    if len(rows) != len(member):
+        raise ValueError(f"{len(rows)} rows, but members given for {len(member)}")
+    if not (filled := member.any(0)).all():
+        raise ValueError(f"group {int((~filled).nonzero()[0])} has no rows")
+    total, live = 0.0, 0
+    for x, inside in zip(rows.split(4096), member.split(4096), strict=True):
+        z = sae.encode(x)
+        total = total + inside.T.to(z.dtype) @ z
+        live = live + (z != 0).sum(0)
+    mean = total / member.sum(0)[:, None]
+    alive = live.nonzero().flatten()
+    if not 1 <= top <= len(alive):
+        raise ValueError(f"top must lie in 1..{len(alive)} (live latents), got {top}")
+    value, latent = mean.topk(top, dim=1)
+    if seed is not None:
+        generator = torch.Generator().manual_seed(seed)
+        draws = [torch.randperm(len(alive), generator=generator)[:top] for _ in latent]
+        latent = alive[torch.stack(draws)]
+    return sae.decode(torch.zeros_like(mean).scatter_(1, latent, value))

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from scipy import ndimage
 
 from saeutils import concepts
+from saeutils.baselines import Dictionary
 from saeutils.datasets import mnist
 
 
@@ -170,3 +171,36 @@ def test_sets_of_concepts():
     assert concepts.concept_set("top or bottom ink", images).member.sum(1).max() == 1
     with pytest.raises(ValueError, match="'curls' is none of loops, straight"):
         concepts.concept_set("curls", images)
+
+
+def test_decoded_means_known_answer():
+    sae = Dictionary(torch.eye(4), torch.tensor([0, 0, 0, 1.0]))
+    rows = torch.tensor([[4.0, 2, 0, 1], [6, 0, 0, 1], [0, 0, 8, 1]])
+    member = torch.tensor([[True, False], [True, True], [False, True]])
+    got = concepts.decoded_means(sae, rows, member, 1)
+    assert got.tolist() == [[5, 0, 0, 1], [0, 0, 4, 1]]
+    two = concepts.decoded_means(sae, rows, member, 2)
+    assert two.tolist() == [[5, 1, 0, 1], [3, 0, 4, 1]]
+
+
+def test_random_latents_keep_the_values_and_are_alive():
+    sae = Dictionary(torch.eye(6), torch.zeros(6))
+    rows = torch.tensor([[3.0, 1, 2, 0, 4, 0], [3.0, 1, 2, 0, 4, 0]])
+    member = torch.ones(2, 3, dtype=torch.bool)
+    drawn = concepts.decoded_means(sae, rows, member, 2, seed=0)
+    assert drawn.sort(1).values[:, -2:].tolist() == [[3, 4]] * 3
+    assert not drawn[:, [3, 5]].any()  # silent latents
+    assert len(drawn.unique(dim=0)) > 1
+    assert torch.equal(drawn, concepts.decoded_means(sae, rows, member, 2, seed=0))
+
+
+def test_what_decoded_means_refuses():
+    sae, rows = Dictionary(torch.eye(4), torch.zeros(4)), torch.eye(4)[:3]
+    member = torch.tensor([[True, False]] * 3)
+    with pytest.raises(ValueError, match="group 1 has no rows"):
+        concepts.decoded_means(sae, rows, member, 1)
+    with pytest.raises(ValueError, match="3 rows, but members given for 2"):
+        concepts.decoded_means(sae, rows, member[:2], 1)
+    for top in (0, 4):
+        with pytest.raises(ValueError, match=r"1\.\.3 \(live latents\), got"):
+            concepts.decoded_means(sae, rows, member[:, :1], top)

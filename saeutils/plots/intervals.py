@@ -35,13 +35,15 @@ def intervals(
     names = list(dict.fromkeys(differences["name"]))
     line = {name: -i for i, name in enumerate(names)}
     down = -(-len(columns) // across)
+    gap = 70  # pixels, for the numbers of one row of panels and the titles of the next
+    inner = down * 26 * len(names) + (down - 1) * gap
     fig = make_subplots(
         down,
         across,
         shared_yaxes=True,
         subplot_titles=columns,
         horizontal_spacing=0.03,
-        vertical_spacing=0.25 / down,
+        vertical_spacing=gap / inner if down > 1 else 0,
     )
     shown = set()
     for i, column in enumerate(columns):
@@ -78,7 +80,6 @@ def intervals(
         zeroline=False,
         ticksuffix="  ",
     )
-    height = 200 + down * (60 + 26 * len(names))
-    styled(fig, title, subtitle, width=980, height=height)
+    styled(fig, title, subtitle, width=980, height=inner + 215)
     fig.update_layout(legend_title_text="by the interval")
     return panel_titles(legend_below(fig))
