@@ -5,8 +5,10 @@ that `next_tokens` makes, which `models.evaluate`, `splicing.in_model` and
 `metrics.scorecard` take, too.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -64,6 +66,21 @@ def loss_by_token(
             nats = F.cross_entropy(logits.mT, wanted, reduction="none")
             parts.append(nats.masked_fill(wanted == IGNORED, torch.nan).cpu())
     return torch.cat(parts)
+
+
+def by_position(
+    nats: Float[Tensor, "n context"],
+) -> tuple[Int64[Tensor, " bins"], Float[Tensor, " bins"]]:
+    """Where each bin of positions starts, and its mean loss; bins widen by √2.
+
+    Positions count from 1: the first token after BOS. Bins without a loss are left out.
+    """
+    steps = 2.0 ** torch.arange(0, math.log2(nats.shape[1]) + 0.75, 0.5)
+    edges = steps.long().unique()
+    means = torch.stack(
+        [nats[:, a - 1 : b - 1].nanmean() for a, b in pairwise(edges.tolist())]
+    )
+    return edges[:-1][~means.isnan()], means[~means.isnan()]
 
 
 def ablations(

@@ -194,6 +194,13 @@ def _is_test(text: str) -> bool:
     return int.from_bytes(digest[:4], "big") < TEST_SHARE * 2**32
 
 
+def shuffled_words(data: StoryData, seed: int = 0) -> StoryData:
+    """The same words, each story's in an order without sense: a null for context."""
+    rng = np.random.default_rng(seed)
+    texts = [" ".join(rng.permutation(text.split())) for text in data.texts]
+    return StoryData(texts, data.ids, data.split, f"{data.name}, shuffled words")
+
+
 class Tokens(NamedTuple):
     """Token ids, one row a story or one row a stretch of several (`packed`)."""
 

@@ -10,7 +10,14 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from saeutils import grammar
-from saeutils.stories import END, StoryData, read_stories, stories, tokens
+from saeutils.stories import (
+    END,
+    StoryData,
+    read_stories,
+    shuffled_words,
+    stories,
+    tokens,
+)
 
 TEXTS = [f"Tom saw {i} cats.\nHe was happy." for i in range(50)]
 
@@ -85,6 +92,15 @@ def test_take_keeps_ids_and_the_fingerprint_sees_every_change():
     changed = StoryData([*data.texts[:-1], "x"], data.ids, data.split, data.name)
     moved = StoryData(data.texts, data.ids + 1, data.split, data.name)
     assert len({d.fingerprint for d in (data, part, changed, moved)}) == 4
+
+
+def test_shuffled_words_are_the_same_words():
+    data = stories("test", n=5)
+    mixed = shuffled_words(data, seed=1)
+    assert mixed.texts == shuffled_words(data, seed=1).texts != data.texts
+    assert list(mixed.ids) == list(data.ids)
+    for before, after in zip(data.texts, mixed.texts, strict=True):
+        assert sorted(before.split()) == sorted(after.split())
 
 
 def test_one_story_a_row(tokenizer):

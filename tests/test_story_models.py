@@ -168,6 +168,18 @@ def test_loss_is_the_mean_over_what_is_asked_for(two, pair):
     assert found.accuracy == pytest.approx(right)
 
 
+def test_loss_by_position_by_hand():
+    nats = torch.tensor(
+        [[1.0, 2.0, 3.0, torch.nan, torch.nan], [3.0, 4.0, 5.0, 8.0, 1]]
+    )
+    starts, means = language.by_position(nats)
+    assert starts.tolist() == [1, 2, 4, 5]
+    assert means.tolist() == [2.0, pytest.approx(3.5), 8.0, 1.0]
+    empty = torch.full((2, 4), torch.nan)
+    empty[:, 0] = 1.0
+    assert language.by_position(empty)[0].tolist() == [1]
+
+
 def test_ablations_against_the_model_with_the_weights_taken_out(folders, two, pair):
     hook = "blocks.1.hook_mlp_out"
     table = language.ablations(two, pair, [hook, "blocks.0.hook_attn_out"]).set_index(

@@ -9,8 +9,15 @@ from saeutils.plots.attribution import agreement, attributions, removal_curves
 from saeutils.plots.images import image_grid, reconstructions, top_images
 from saeutils.plots.intervals import intervals
 from saeutils.plots.ladder import ladder
+from saeutils.plots.language import (
+    attention_patterns,
+    curves,
+    effects,
+    highlighted,
+)
 from saeutils.plots.maps import cosine_histogram, cosine_map, pca_map
 from saeutils.plots.panels import image_panels
+from saeutils.plots.probing import by_class, point_maps, sparse_probes
 from saeutils.plots.scores import (
     class_profile,
     cumulative,
@@ -23,22 +30,29 @@ from saeutils.plots.style import styled
 
 __all__ = [
     "agreement",
+    "attention_patterns",
     "attributions",
+    "by_class",
     "class_profile",
     "cosine_histogram",
     "cosine_map",
     "cumulative",
+    "curves",
     "density",
     "dots",
+    "effects",
+    "highlighted",
     "image_grid",
     "image_panels",
     "intervals",
     "ladder",
     "loss_curves",
     "pca_map",
+    "point_maps",
     "reconstructions",
     "removal_curves",
     "scorecard_table",
+    "sparse_probes",
     "styled",
     "top_images",
 ]

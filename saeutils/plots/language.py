@@ -1,0 +1,232 @@
+"""Figures of text and of language models."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+from plotly.colors import sample_colorscale
+from plotly.subplots import make_subplots
+
+from saeutils.plots.style import (
+    LINES,
+    NULL,
+    array,
+    colour_bar,
+    legend_below,
+    panel_titles,
+    styled,
+)
+
+_SCALE = ["#FFFFFF", "#FDD49E", "#EF6548"]
+_CHARACTER, _LINE = 7.9, 21  # pixels of a monospaced character of 13 pixels
+
+
+def highlighted(
+    texts: Mapping[str, tuple[Sequence[str], Any]],
+    *,
+    title: str,
+    subtitle: str = "",
+    unit: str,
+    high: int | float | None = None,
+    columns: int = 92,
+) -> go.Figure:
+    """Texts with every token on a ground as strong as its value, 0 (white) to `high`.
+
+    Args:
+        texts: heading -> (tokens as text, a value a token; NaN: no colour).
+        unit: what the values are, for the colour bar.
+        high: the value of full colour; default: the 99th percentile.
+        columns: characters a line.
+    """
+    every = np.concatenate([array(values).ravel() for _, values in texts.values()])
+    high = high or float(np.nanpercentile(every, 99)) or 1.0
+    fig, y = go.Figure(), 0.0
+    xs, ys, shown, hovers = [], [], [], []
+    for heading, (tokens, values) in texts.items():
+        fig.add_annotation(
+            x=0, y=y, text=f"<b>{heading}</b>", showarrow=False, xanchor="left"
+        )
+        y, x = y + 1, 0
+        for token, value in zip(tokens, array(values), strict=True):
+            text = token.replace("\n", "⏎")
+            if x + len(text) > columns:
+                y, x = y + 1, 0
+            if np.isfinite(value) and value > 0:
+                colour = sample_colorscale(_SCALE, min(value / high, 1))[0]
+                fig.add_shape(
+                    type="rect",
+                    x0=x,
+                    x1=x + len(text),
+                    y0=y - 0.45,
+                    y1=y + 0.45,
+                    fillcolor=colour,
+                    line_width=0,
+                    layer="below",
+                )
+            xs.append(x)
+            ys.append(y)
+            shown.append(_escaped(text))
+            hovers.append(f"{_escaped(text)}: {value:.2f} {unit}")
+            x += len(text)
+            if "\n" in token:
+                y, x = y + 1, 0
+        y += 1.6
+    fig.add_scatter(
+        x=xs,
+        y=ys,
+        mode="text",
+        text=shown,
+        textposition="middle right",
+        textfont=dict(family="DejaVu Sans Mono, Courier New, monospace", size=13),
+        hovertext=hovers,
+        hoverinfo="text",
+        showlegend=False,
+    )
+    fig.add_scatter(  # carries the colour bar
+        x=[None],
+        y=[None],
+        mode="markers",
+        marker=dict(
+            colorscale=_SCALE,
+            cmin=0,
+            cmax=high,
+            color=[0],
+            colorbar=colour_bar(unit),
+            showscale=True,
+        ),
+        showlegend=False,
+    )
+    height, width = int(120 + _LINE * y), int(150 + _CHARACTER * columns)
+    fig = styled(fig, title, subtitle, width=width, height=height)
+    fig.update_xaxes(visible=False, range=[-0.5, columns + 1])
+    fig.update_yaxes(visible=False, range=[y - 0.6, -0.8])
+    return fig.update_layout(margin=dict(l=20, b=15))
+
+
+def _escaped(text: str) -> str:
+    """As plotly shows it: its mark-up off, blanks at the ends kept."""
+    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return text.replace(" ", "\u00a0")
+
+
+def curves(
+    lines: Mapping[str, tuple[Any, Any]],
+    *,
+    x: str,
+    y: str,
+    title: str,
+    subtitle: str = "",
+    levels: Mapping[str, float] | None = None,
+    markers: bool = False,
+) -> go.Figure:
+    """One line a name; `levels` are dotted grey lines across, with their names."""
+    fig = go.Figure()
+    for i, (name, (at, values)) in enumerate(lines.items()):
+        fig.add_scatter(
+            x=array(at),
+            y=array(values),
+            name=name,
+            mode="lines+markers" if markers else "lines",
+            line=dict(color=LINES[i % len(LINES)], width=2),
+        )
+    for name, value in (levels or {}).items():
+        fig.add_hline(
+            y=value,
+            line=dict(color=NULL, dash="dot"),
+            annotation=dict(text=name, font_color=NULL),
+            annotation_position="top right",
+        )
+    return legend_below(styled(fig, title, subtitle, x=x, y=y))
+
+
+def effects(
+    frame: Any,
+    columns: Mapping[str, str],
+    *,
+    x: str,
+    title: str,
+    subtitle: str = "",
+    levels: Mapping[str, float] | None = None,
+) -> go.Figure:
+    """One line a "name", one dot a column: the same quantity under several treatments.
+
+    Args:
+        columns: column of the frame -> its name in the legend.
+        levels: name -> a value to mark across, dotted.
+    """
+    names = list(frame["name"])
+    fig = go.Figure()
+    for i, (column, label) in enumerate(columns.items()):
+        fig.add_scatter(
+            x=array(frame[column]),
+            y=names,
+            name=label,
+            mode="markers",
+            marker=dict(
+                color=LINES[i % len(LINES)],
+                size=11,
+                symbol=("circle", "diamond", "square", "cross")[i % 4],
+                line=dict(color="white", width=1),
+            ),
+        )
+    for name, value in (levels or {}).items():
+        fig.add_vline(
+            x=value,
+            line=dict(color=NULL, dash="dot"),
+            annotation=dict(text=name, font_color=NULL),
+            annotation_position="top",
+        )
+    fig.update_xaxes(rangemode="tozero")
+    fig.update_yaxes(
+        categoryorder="array",
+        categoryarray=names[::-1],
+        automargin=True,
+        ticksuffix="  ",
+    )
+    height = 210 + 28 * len(names)
+    return legend_below(styled(fig, title, subtitle, x=x, height=height))
+
+
+def attention_patterns(
+    patterns: Mapping[str, Any],
+    *,
+    title: str,
+    subtitle: str = "Mean over texts; the colour is the square root of the share",
+    positions: int = 96,
+) -> go.Figure:
+    """Where heads look: one row of panels a layer, one panel a head.
+
+    Args:
+        patterns: name of the layer -> (heads, query, key), each row sums to 1.
+        positions: how many of the first positions are drawn.
+    """
+    every = {name: array(p)[:, :positions, :positions] for name, p in patterns.items()}
+    across = max(len(p) for p in every.values())
+    titles = [
+        f"{name}, head {h}" if h < len(p) else ""
+        for name, p in every.items()
+        for h in range(across)
+    ]
+    fig = make_subplots(
+        len(every),
+        across,
+        subplot_titles=titles,
+        shared_xaxes=True,
+        shared_yaxes=True,
+        horizontal_spacing=0.012,
+        vertical_spacing=0.16 / len(every),
+        x_title="position looked at",
+        y_title="position that looks",
+    )
+    for row, pattern in enumerate(every.values(), start=1):
+        for column, head in enumerate(pattern, start=1):
+            fig.add_heatmap(z=np.sqrt(head), coloraxis="coloraxis", row=row, col=column)
+    fig.update_yaxes(autorange="reversed", showticklabels=False)
+    fig.update_xaxes(showticklabels=False)
+    side = 820 // across
+    height = 150 + (side + 30) * len(every)
+    fig = panel_titles(styled(fig, title, subtitle, width=940, height=height), size=11)
+    return fig.update_layout(
+        coloraxis=dict(colorscale="Blues", colorbar=colour_bar("√ share"))
+    )
