@@ -246,9 +246,9 @@ def sparse_probes(
         t, t_test = (y == c).numpy(), (y_test == c).numpy()
         for k in ks:
             chosen = ranked[:k, j]
+            few, test = (v[:, chosen] / scale[chosen] for v in (x, x_test))
             probe = LogisticRegression(C=C, class_weight="balanced", tol=1e-3)
-            probe.fit((x / scale)[:, chosen].numpy(), t)
-            hit = probe.predict((x_test / scale)[:, chosen].numpy()) == t_test
+            hit = probe.fit(few.numpy(), t).predict(test.numpy()) == t_test
             score = (hit[t_test].mean() + hit[~t_test].mean()) / 2
             rows.append((k, c, float(score), chosen.tolist()))
     return pd.DataFrame(rows, columns=["k", "class", "score", "latents"])

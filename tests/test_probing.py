@@ -4,13 +4,14 @@ import math
 
 import jaxtyping
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.linear_model import LogisticRegression
 
-from saeutils import probing
+from saeutils import plots, probing
 from saeutils.examples import Codes
 
 
@@ -246,3 +247,33 @@ def test_bad_scores_are_refused(unchecked):
 
 def test_chance_is_ln_2():
     assert math.log(2) == probing.CHANCE
+
+
+# --- figures ---------------------------------------------------------------------
+
+
+def test_sparse_probe_lines_are_means_and_bars_span_the_runs():
+    frame = pd.DataFrame(
+        {
+            "name": ["a", "a", "a", "null"],
+            "k": [1, 1, 2, 1],
+            "score": [0.6, 0.8, 0.9, 0.5],
+        }
+    )
+    line, null = plots.sparse_probes(frame, title="t", controls=["null"]).data
+    assert tuple(line.x) == (1, 2) and tuple(line.y) == pytest.approx((0.7, 0.9))
+    assert tuple(line.error_y.array) == pytest.approx((0.1, 0))
+    assert tuple(line.error_y.arrayminus) == pytest.approx((0.1, 0))
+    assert (line.line.dash, null.line.dash) == ("solid", "dash")
+
+
+def test_maps_and_heat_maps_show_what_they_are_given():
+    points, classes = torch.arange(8.0).view(4, 2), torch.tensor([3, 5, 3, 3])
+    fig = plots.point_maps({"x": (points, classes), "y": (-points, classes)}, title="t")
+    assert [trace.name for trace in fig.data] == ["3", "5"] * 2
+    assert fig.data[0].x.tolist() == [0, 4, 6] and fig.data[3].y.tolist() == [-3]
+    assert [trace.showlegend for trace in fig.data] == [True, True, False, False]
+    values = torch.tensor([[0.1, 0.25], [0.5, 0.6]])
+    fig = plots.by_class(values, ["a", "b"], [3, 5], title="t", bar="nats")
+    assert list(map(list, fig.data[0].text)) == [["0.10", "0.25"], ["0.50", "0.60"]]
+    assert fig.data[0].x == ("3", "5") and fig.layout.yaxis.autorange == "reversed"
