@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from saeutils.pictures import ImageStats, high_frequency, nearest_cosine, stability
-from saeutils.readouts import Readout, run
+from saeutils.readouts import Readout, Strongest, run
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -84,9 +84,15 @@ METHODS = {
     "total variation": Method(tv=4.0),
     "jitter + blur": Method(jitter=1, blur=1.0),
     "Fourier 1/f": Method("fourier"),
-    "phases of the mean spectrum": Method("phase"),
+    "mean-spectrum phases": Method("phase"),
     "PCA + prior": Method("pca", prior=1.5),
     "PCA + prior, alone": Method("pca", prior=1.5, off_target=0.03),
+}
+
+REBUILDING = {
+    "clamped": Method(),
+    "total variation": Method(tv=4.0),
+    "PCA + prior": Method("pca", prior=1.0, lr=0.1),
 }
 
 
@@ -101,7 +107,7 @@ class Maximised(NamedTuple):
 
 def maximise(
     readout: Readout,
-    units: Sequence[int],
+    units: Sequence[int] | Int64[Tensor, " units"],
     maxima: Float[Tensor, " units_of_readout"],
     stats: ImageStats,
     method: Method,
@@ -119,7 +125,7 @@ def maximise(
     Raises:
         ValueError: a unit whose maximum is not positive, or none at all.
     """
-    units = torch.as_tensor(list(units), dtype=torch.int64)
+    units = torch.as_tensor(units, dtype=torch.int64)
     if not len(units) or not bool((maxima[units] > 0).all()):
         dead = units[~(maxima[units] > 0)].tolist()
         raise ValueError(
@@ -331,61 +337,89 @@ def measure(
     )
 
 
+REAL = "best real image"
+
+
 def compare(
     readout: Readout,
-    units: Sequence[int],
-    classes: Int64[Tensor, " units"],
-    maxima: Float[Tensor, " units_of_readout"],
+    units: Int64[Tensor, " units"],
+    known: Strongest,
     stats: ImageStats,
     methods: Mapping[str, Method],
     *,
     seeds: int = 3,
-) -> tuple["pd.DataFrame", dict[str, Float[Tensor, "units seeds pixels"]]]:
+) -> tuple["pd.DataFrame", dict[str, Float[Tensor, "units _ pixels"]]]:
     """The table of all methods on the same units, and their images by method.
 
-    Columns, means over units and seeds but for the first: name, × data's maximum
-    (median), nearest real image (cosine), high-frequency share, class agreement
-    (share of images that the model calls `classes`), units active, same unit (cosine
-    of its images from different starts), other units (the same of different units).
+    The first row, and the first images, are each unit's strongest real image. Columns,
+    means over units and seeds: name, × data's maximum (the median), nearest real image
+    (cosine), high frequency share, class agreement (share of the images that the model
+    calls what most of the unit's strongest images are), units active, same unit
+    (cosine of its images from different starts), other units (of different units).
 
     Args:
-        classes: what the model should see in a picture of each unit, e.g. the digit
-            of most of its strongest images.
+        known: `strongest(readout, stats.data)`.
     """
     import pandas as pd
 
-    out, images = [], {}
+    data, classes = stats.data, known.majority(stats.data.labels)[units]
+    images = {REAL: data.take(known.index[units, 0]).pixels[:, None]}
     for name, method in methods.items():
-        found = maximise(readout, units, maxima, stats, method, seeds=seeds)
-        images[name] = found.images
-        out.append({"name": name} | summary(found, classes, readout, maxima, stats))
-    return pd.DataFrame(out), images
+        images[name] = maximise(
+            readout, units, known.maxima, stats, method, seeds=seeds
+        ).images
+    rows = []
+    for name, found in images.items():
+        each = found.shape[1]
+        own = data.ids[known.index[units, 0]] if name == REAL else None
+        of = measure(
+            found.flatten(0, 1),
+            units.repeat_interleave(each),
+            readout,
+            known.maxima,
+            stats,
+            without=own,
+        )
+        same, other = stability(found)
+        agrees = of.answer == classes.repeat_interleave(each)
+        rows.append(
+            {
+                "name": name,
+                "× data's maximum": of.ratio.median().item(),
+                "nearest real image": of.neighbour.mean().item(),
+                "high frequency share": of.high_frequency.mean().item(),
+                "class agreement": agrees.float().mean().item(),
+                "units active": of.active.float().mean().item(),
+                "same unit": same,
+                "other units": other,
+            }
+        )
+    return pd.DataFrame(rows), images
 
 
-def summary(
-    found: Maximised,
-    classes: Int64[Tensor, " units"],
-    readout: Readout,
-    maxima: Float[Tensor, " units_of_readout"],
+def rebuild(
+    model: nn.Module,
+    x: Float[Tensor, "n pixels"],
+    targets: Mapping[str, tuple[str, Float[Tensor, "n _"]]],
     stats: ImageStats,
-) -> dict[str, float]:
-    """One row of `compare`, without the name."""
-    n_seeds = found.images.shape[1]
-    of = measure(
-        found.images.flatten(0, 1),
-        found.units.repeat_interleave(n_seeds),
-        readout,
-        maxima,
-        stats,
-    )
-    agrees = of.answer == classes.repeat_interleave(n_seeds)
-    same, other = stability(found.images)
-    return {
-        "× data's maximum": of.ratio.median().item(),
-        "nearest real image": of.neighbour.mean().item(),
-        "high-frequency share": of.high_frequency.mean().item(),
-        "class agreement": agrees.float().mean().item(),
-        "units active": of.active.float().mean().item(),
-        "same unit": same,
-        "other units": other,
+    methods: Mapping[str, Method],
+) -> tuple["pd.DataFrame", dict[str, Float[Tensor, "n methods pixels"]]]:
+    """Images from activations: mean pixel cosine with x (methods down, targets
+    across), and the images by target.
+
+    Args:
+        targets: by name, the hook and what the activations there should be.
+    """
+    import pandas as pd
+
+    images = {
+        name: torch.stack(
+            [invert(model, hook, acts, stats, m) for m in methods.values()], 1
+        )
+        for name, (hook, acts) in targets.items()
     }
+    cosines = {
+        name: F.cosine_similarity(found, x[:, None], dim=2).mean(0).tolist()
+        for name, found in images.items()
+    }
+    return pd.DataFrame(cosines, index=list(methods)), images

@@ -172,7 +172,7 @@ def test_a_layer_that_loses_nothing_is_inverted_exactly(stats, data):
 
 def test_phases_keep_the_spectrum(stats):
     read = readouts.neurons(linear(), "0", 5)
-    method = replace(METHODS["phases of the mean spectrum"], box=False, steps=20)
+    method = replace(METHODS["mean-spectrum phases"], box=False, steps=20)
     images = inversion.maximise(read, [1], torch.ones(5), stats, method).images[0]
     found = torch.fft.rfft2(images.view(-1, 8, 8)).abs()
     assert torch.allclose(
@@ -274,21 +274,32 @@ def test_stability_is_the_mean_over_pairs():
     assert math.isnan(pictures.stability(x[:, :1])[0])
 
 
-def test_the_table_has_a_row_for_each_method(stats, data):
+def test_the_table_has_a_row_for_each_method_and_one_for_real_images(stats, data):
     model = linear()
     read = readouts.neurons(model, "0", 5)
-    maxima = readouts.strongest(read, data).maxima.clamp(min=1)
+    known = readouts.strongest(read, data)
     methods = {"a": Method(steps=5), "b": Method("pca", prior=1.0, steps=5)}
-    classes = torch.tensor([0, 2])
-    frame, images = inversion.compare(
-        read, [1, 2], classes, maxima, stats, methods, seeds=2
-    )
-    assert list(frame["name"]) == list(images) == ["a", "b"]
-    answer = model(images["a"].flatten(0, 1)).argmax(1)
-    agrees = (answer == torch.tensor([0, 0, 2, 2])).float().mean()
-    assert frame["class agreement"][0] == pytest.approx(agrees.item())
-    ratio = (
-        model[0](images["b"])[[0, 0, 1, 1], [0, 1, 0, 1], [1, 1, 2, 2]]
-        / maxima[[1, 1, 2, 2]]
-    )
-    assert frame["× data's maximum"][1] == pytest.approx(ratio.median().item())
+    units = (known.maxima > 0).nonzero().flatten()[:2]
+    frame, images = inversion.compare(read, units, known, stats, methods, seeds=2)
+    assert list(frame["name"]) == list(images) == ["best real image", "a", "b"]
+    assert frame["× data's maximum"][0] == pytest.approx(1)
+    assert frame["nearest real image"][0] < 1  # itself does not count
+    wanted = known.majority(data.labels)[units].repeat_interleave(2)
+    agrees = (model(images["a"].flatten(0, 1)).argmax(1) == wanted).float().mean()
+    assert frame["class agreement"][1] == pytest.approx(agrees.item())
+    each = units.repeat_interleave(2)
+    pre = model[0](images["b"].flatten(0, 1)).gather(1, each[:, None])[:, 0]
+    ratio = (pre / known.maxima[each]).median().item()
+    assert frame["× data's maximum"][2] == pytest.approx(ratio)
+
+
+def test_rebuild_compares_sources_and_methods(stats, data):
+    model, x = linear(units=64), data.pixels[:4]
+    model[0].weight.copy_(torch.linalg.qr(normal(64, 64)).Q)
+    acts = model[0](x)
+    targets = {"all": ("0", acts), "nothing": ("0", torch.ones_like(acts))}
+    ways = {"long": Method(steps=300), "short": Method(steps=1)}
+    table, images = inversion.rebuild(model, x, targets, stats, ways)
+    assert images["all"].shape == (4, 2, 64)
+    assert table["all"]["long"] > 0.999 > table["all"]["short"]
+    assert table["nothing"]["long"] < 0.9

@@ -82,6 +82,6 @@ def image_panels(
     fig.update_xaxes(range=[-0.5, canvas.shape[1] * shown / width - 0.5])
     return fig.update_layout(
         width=shown + left + right,
-        height=fig.layout.height + 17 * lines,
-        margin_t=fig.layout.margin.t + 17 * lines,
+        height=fig.layout.height + 17 * lines + 10,
+        margin_t=fig.layout.margin.t + 17 * lines + 10,
     )
