@@ -6,7 +6,6 @@ For tables that compare subjects, bases and recipes: `notebooks/16_…` is one.
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
@@ -15,6 +14,7 @@ from saeutils.attribution import share_on
 from saeutils.baselines import PCA
 from saeutils.datasets import ImageData
 from saeutils.models import activations_at, hook_point
+from saeutils.probing import k_means, single_probes, sparse_probes
 
 #: Column -> +1 if more of it is better, −1 if less is.
 BETTER = {
@@ -37,6 +37,7 @@ def usefulness(
     *,
     name: str,
     k: int,
+    probed: int = 3000,
     clustered: int = 3000,
     seed: int = 0,
 ) -> dict[str, str | float | int]:
@@ -46,11 +47,12 @@ def usefulness(
         name, seed; accuracy % (of the model itself); FVU; FVU of PCA (of as many
         components as latents may fire, `k`: the null of FVU); L0; dead %;
         Δ accuracy (points) with the reconstruction spliced in;
-        1-sparse probe % (`one_sparse_probe`, the mean over classes);
+        1-sparse probe % (balanced accuracy of `probing.sparse_probes` with one latent,
+        trained on the first `probed` images, the mean over classes; chance is 50);
         junk share % (of |∂ pre-activation / ∂ pixel| on the pixels of `junk`, for a
         latent that fires on the image, drawn at random for each);
-        NMI (of k-means on the codes at length 1 with the labels, as many clusters as
-        labels, on the first `clustered` images).
+        NMI (of `probing.k_means` on the codes at length 1 with the labels, on the
+        first `clustered` test images; chance is near 0).
     """
     rows, held_out = (activations_at(model, hook, data) for data in (train, test))
     card = metrics.scorecard(
@@ -60,6 +62,13 @@ def usefulness(
     unit, fires = firing_unit(z_test, seed)
     gradients = input_gradients(model, hook, sae, test.take(fires).pixels, unit)
     pca = PCA(rows, min(k, rows.shape[1]))
+    few = z[:probed], train.labels[:probed]
+    single = single_probes(*few, most=8, tolerance=1e-5)  # enough to choose by
+    probes = sparse_probes(*few, z_test, test.labels, ks=(1,), single=single)
+    few = slice(0, clustered)
+    clusters = k_means(
+        z_test[few], test.labels[few], normalise=True, starts=2, seed=seed
+    )
     return {
         "name": name,
         "seed": seed,
@@ -69,10 +78,9 @@ def usefulness(
         "L0": card.l0,
         "dead %": 100 * card.dead,
         "Δ accuracy (points)": 100 * card.in_model.delta_accuracy,
-        "1-sparse probe %": 100
-        * one_sparse_probe(z, train.labels, z_test, test.labels).mean().item(),
+        "1-sparse probe %": 100 * float(probes["score"].mean()),
         "junk share %": 100 * share_on(gradients, junk),
-        "NMI": cluster_nmi(z_test[:clustered], test.labels[:clustered], seed),
+        "NMI": clusters.nmi,
     }
 
 
@@ -113,51 +121,3 @@ def input_gradients(
         handle.remove()
     read = (heard[0] * W_enc_T[unit].detach()).sum()
     return torch.autograd.grad(read, x)[0]
-
-
-def one_sparse_probe(
-    z: Float[Tensor, "n d"],
-    labels: Int64[Tensor, " n"],
-    z_test: Float[Tensor, "m d"],
-    labels_test: Int64[Tensor, " m"],
-) -> Float[Tensor, " classes"]:
-    """How well ONE latent tells each class from the rest: balanced accuracy on test.
-
-    The latent is the one whose means inside and outside the class differ most; the
-    threshold and its direction are the best among 101 quantiles on the training rows.
-    """
-    scores = []
-    for c in labels.unique():
-        inside, inside_test = labels == c, labels_test == c
-        gap = z[inside].mean(0) - z[~inside].mean(0)
-        best = gap.abs().argmax()
-        sign = gap[best].sign()
-        x, x_test = sign * z[:, best], sign * z_test[:, best]
-        cuts = x.quantile(torch.linspace(0, 1, 101))
-        cut = cuts[balanced_accuracy(x > cuts[:, None], inside).argmax()]
-        scores.append(balanced_accuracy(x_test > cut, inside_test))
-    return torch.stack(scores)
-
-
-def balanced_accuracy(
-    says: Bool[Tensor, "*cuts n"], inside: Bool[Tensor, " n"]
-) -> Float[Tensor, "*cuts"]:
-    """Mean of the share found inside and the share left out outside; chance is 0.5."""
-    found = says[..., inside].float().mean(-1)
-    left_out = 1 - says[..., ~inside].float().mean(-1)
-    return (found + left_out) / 2
-
-
-def cluster_nmi(
-    z: Float[Tensor, "n d"], labels: Int64[Tensor, " n"], seed: int = 0
-) -> float:
-    """Normalised mutual information of k-means clusters with the labels; chance ≈ 0.
-
-    Rows are brought to length 1, since how much an image excites is not what it is.
-    """
-    from sklearn.cluster import KMeans
-    from sklearn.metrics import normalized_mutual_info_score
-
-    means = KMeans(len(labels.unique()), n_init=2, random_state=seed)
-    clusters = means.fit_predict(F.normalize(z, dim=1).numpy())
-    return float(normalized_mutual_info_score(labels.numpy(), clusters))

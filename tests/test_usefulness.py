@@ -8,44 +8,10 @@ from saeutils.datasets import ImageData
 from saeutils.models import MLP, activations_at
 from saeutils.usefulness import (
     BETTER,
-    balanced_accuracy,
-    cluster_nmi,
     firing_unit,
     input_gradients,
-    one_sparse_probe,
     usefulness,
 )
-
-
-def test_a_latent_that_fires_on_one_class_only_is_a_perfect_probe():
-    labels = torch.arange(300) % 3
-    z = torch.rand(300, 6, generator=torch.Generator().manual_seed(0))
-    z[:, 2] = (labels == 0).float() * 2
-    z[:, 4] = (labels != 1).float() * 3  # silent where the class is
-    scores = one_sparse_probe(z[:200], labels[:200], z[200:], labels[200:])
-    assert scores[0] == 1 and scores[1] == 1
-
-
-def test_noise_is_no_probe_and_balance_is_not_fooled_by_rare_classes():
-    g = torch.Generator().manual_seed(0)
-    labels = (torch.rand(4000, generator=g) < 0.1).long()
-    z = torch.rand(4000, 4, generator=g)
-    scores = one_sparse_probe(z[:2000], labels[:2000], z[2000:], labels[2000:])
-    assert (scores - 0.5).abs().max() < 0.06
-
-
-def test_balanced_accuracy_known_answer():
-    inside = torch.tensor([True, True, False, False, False, False])
-    says = torch.tensor([[1, 0, 1, 0, 0, 0], [0, 0, 0, 0, 0, 0]]).bool()
-    assert balanced_accuracy(says, inside).tolist() == [(0.5 + 0.75) / 2, 0.5]
-
-
-def test_nmi_of_clusters_and_of_noise():
-    labels = torch.arange(200) % 4
-    g = torch.Generator().manual_seed(0)
-    size = 1 + torch.rand(200, 1, generator=g)  # the length of a row does not matter
-    assert cluster_nmi(torch.eye(8)[labels] * size, labels) == pytest.approx(1)
-    assert cluster_nmi(torch.rand(200, 8, generator=g), labels) < 0.15
 
 
 def test_the_unit_drawn_fires_and_silent_rows_are_left_out():
@@ -89,3 +55,22 @@ def test_the_row_of_a_perfect_control():
     # weights are drawn alike for all pixels, so the share is that of the area
     assert row["junk share %"] == pytest.approx(25, abs=2)
     assert set(BETTER) < set(row) and row["name"] == "neurons"
+
+
+def test_latents_that_know_the_classes_score_full_marks():
+    """Four units that copy a bright corner pixel each, and fire on one class alone."""
+    labels = torch.arange(120) % 4
+    x = torch.zeros(120, 28, 28, dtype=torch.uint8)
+    x[torch.arange(120), 0, labels] = 200
+    data = ImageData(x, labels, torch.arange(120), "train", "corners")
+    model = MLP((4,), n_classes=4)
+    with torch.no_grad():
+        model.fc1.linear.weight.zero_()[:, :4] = torch.eye(4)
+        model.head.weight.copy_(torch.eye(4))
+    junk = torch.ones(784, dtype=torch.bool)
+    junk[:4] = False
+    control = baselines.neurons(activations_at(model, "fc1", data))
+    row = usefulness(control, model, "fc1", data, data, junk, name="copies", k=2)
+    assert row["accuracy %"] == 100 and row["1-sparse probe %"] == 100
+    assert row["NMI"] == pytest.approx(1) and row["junk share %"] == 0
+    assert row["L0"] == 1 and row["dead %"] == 0
