@@ -28,6 +28,10 @@ from saeutils.training import TrainConfig, train
 if TYPE_CHECKING:
     import pandas as pd
 
+# Seeds are shifted by these: with the base SAE's own seed a meta-SAE would start at the
+# very directions that the base's decoder rows started from, and find them again.
+META, GAUSSIAN, ISOTROPIC = 1_000_003, 2_000_003, 3_000_017
+
 
 class Split(NamedTuple):
     """Numbers of the rows that a meta-SAE is trained on, and of those kept out."""
@@ -97,7 +101,7 @@ def train_meta(
         lr=lr,
         steps=steps,
         batch_size=size,
-        seed=seed,
+        seed=META + seed,
         data_seed=seed,
         dead_after=10 * size,
     )
@@ -148,7 +152,7 @@ def gaussian_rows(
     covariance: what a meta-SAE explains of these is due to the covariance alone."""
     rows = F.normalize(W_dec.detach().double(), dim=1)
     variance, axes = torch.linalg.eigh(torch.cov(rows.T, correction=0))
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(GAUSSIAN + seed)
     normal = torch.randn(rows.shape, generator=generator, dtype=torch.float64)
     drawn = normal * variance.clamp(min=0).sqrt() @ axes.T + rows.mean(0)
     return F.normalize(drawn, dim=1).float()
@@ -158,7 +162,7 @@ def isotropic_rows(
     W_dec: Float[Tensor, "d_base d_in"], seed: int = 0
 ) -> Float[Tensor, "d_base d_in"]:
     """As many random directions."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(ISOTROPIC + seed)
     return F.normalize(torch.randn(*W_dec.shape, generator=generator), dim=1)
 
 

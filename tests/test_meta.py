@@ -11,6 +11,7 @@ from saeutils import meta
 from saeutils.baselines import Dictionary
 from saeutils.examples import Codes, top_examples
 from saeutils.metrics import max_cosine
+from saeutils.sae import initial_params
 
 
 def normal(*shape, seed=0):
@@ -115,6 +116,15 @@ def test_gaussian_rows_have_the_covariance_and_isotropic_ones_do_not():
     assert (flat - want).norm() > 0.3 * want.norm()
     assert torch.allclose(flat, torch.eye(40) / 40, atol=0.002)
     assert not torch.equal(drawn, meta.gaussian_rows(rows, seed=1))
+
+
+def test_the_same_seed_everywhere_gives_nothing_away():
+    """The start of a base SAE, of its meta-SAE, and the nulls are unrelated."""
+    base = initial_params("batchtopk", 60, torch.zeros(64), seed=0)["W_dec"]
+    start = meta.train_meta(base, 40, k=1, steps=1, lr=1e-9, seed=0).sae.W_dec
+    drawn = [meta.isotropic_rows(base, 0), meta.gaussian_rows(base, 0), start]
+    for rows in drawn:
+        assert F.cosine_similarity(base[:40], rows[:40]).abs().max() < 0.6
 
 
 def test_a_refitted_encoder_leaves_its_dictionary_alone():
