@@ -151,7 +151,6 @@ def single_probes(
         ValueError: fewer than two classes, labels of another number than rows.
     """
     from scipy.sparse import csc_matrix
-    from scipy.special import expit
 
     if len(x) != len(y):
         raise ValueError(f"{len(y)} labels for {len(x)} rows: each row needs one")
@@ -179,10 +178,10 @@ def single_probes(
 
         def at(w, b, t=t, u=u, zeros=zeros):
             """The loss of every latent there, and Newton's step H⁻¹ g (H is 2 × 2)."""
-            a, soft = w[latent] * v + b[latent], np.logaddexp(0, b)
-            loss = total(u * (np.logaddexp(0, a) - t * a))
-            loss += zeros[0] * (soft - b) + zeros[1] * soft
-            p, p0 = expit(a), expit(b)
+            a = w[latent] * v + b[latent]
+            (p, soft), (p0, soft0) = _logistic(a), _logistic(b)
+            loss = total(u * (soft - t * a))
+            loss += zeros[0] * (soft0 - b) + zeros[1] * soft0
             e, h, h0 = u * (p - t), u * p * (1 - p), zeros.sum(0) * p0 * (1 - p0)
             g_w = total(e * v) + ridge * w
             g_b = total(e) + zeros.sum(0) * p0 - zeros[0]
@@ -191,14 +190,13 @@ def single_probes(
             step = h_bb * g_w - h_wb * g_b, h_ww * g_b - h_wb * g_w
             return loss, loss + 0.5 * ridge * w**2, np.stack(step) / det
 
-        place = np.zeros((2, d))
+        place, size, done = np.zeros((2, d)), np.ones(d), np.zeros(d, bool)
         fit, aim, step = at(*place)
-        size = np.ones(d)
         for _ in range(most):
             new = place - size * step
             new_fit, new_aim, new_step = at(*new)
             good = new_aim <= aim
-            done = good & (aim - new_aim < tolerance)
+            done |= abs(aim - new_aim) < tolerance
             size = np.where(good, np.minimum(1, 2 * size), size / 4)
             place, step = np.where(good, (new, new_step), (place, step))
             fit, aim = np.where(good, (new_fit, new_aim), (fit, aim))
@@ -206,6 +204,12 @@ def single_probes(
                 break
         out[:, :, j] = fit, place[0] / rms, place[1]
     return SingleProbes(*out)
+
+
+def _logistic(a: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """1 / (1 + exp(−a)) and log(1 + exp(a)), without overflow."""
+    e = np.exp(-abs(a))
+    return np.where(a >= 0, 1, e) / (1 + e), np.maximum(a, 0) + np.log1p(e)
 
 
 def sparse_probes(
