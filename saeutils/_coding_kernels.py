@@ -46,12 +46,13 @@ def _descend(S, z, G, q0, penalty, tolerance, sweeps):
 
 
 @_jit
-def lasso_rows(start, stop, q0, G, penalty, tolerance, refit, smallest, index, value):
+def lasso_rows(
+    start, stop, q0, G, penalty, tolerance, sweeps, refit, smallest, index, value
+):
     """Non-negative lasso: the S that violates the optimality conditions grows until
     none does. Then, if asked, exact re-fit on S without penalty, and codes below
     `smallest` leave, the smallest first."""
-    m = q0.shape[1]
-    width = min(m, 4 * index.shape[1])  # while it searches, S may hold too many
+    m, width = q0.shape[1], index.shape[1]
     S = np.empty(width, np.int64)
     z = np.empty(width, np.float32)
     q = np.empty(m, np.float32)
@@ -76,7 +77,7 @@ def lasso_rows(start, stop, q0, G, penalty, tolerance, refit, smallest, index, v
                 if q[j] >= bar and n < width:
                     S[n], z[n] = j, 0
                     n += 1
-            _descend(S[:n], z[:n], G, q0[row], penalty, tolerance, 2000)
+            _descend(S[:n], z[:n], G, q0[row], penalty, tolerance, sweeps)
             kept = 0
             for a in range(n):
                 if z[a] > 0:
@@ -84,16 +85,16 @@ def lasso_rows(start, stop, q0, G, penalty, tolerance, refit, smallest, index, v
                     kept += 1
             n = kept
         if refit:
-            n = _refit(S, z, n, G, q0[row], tolerance, smallest)
+            n = _refit(S, z, n, G, q0[row], tolerance, sweeps, smallest)
         _write(S, z, n, index[row], value[row])
 
 
 @_jit
-def _refit(S, z, n, G, q0, tolerance, smallest):
+def _refit(S, z, n, G, q0, tolerance, sweeps, smallest):
     """Least squares over z ≥ 0 on S; while a code is below `smallest`, the smallest
     leaves and the rest is fitted again. Returns how many stay."""
     while n > 0:
-        _descend(S[:n], z[:n], G, q0, np.float32(0), tolerance, 2000)
+        _descend(S[:n], z[:n], G, q0, np.float32(0), tolerance, sweeps)
         least = 0
         for a in range(n):
             if z[a] < z[least]:
@@ -146,7 +147,7 @@ def _write(S, z, n, index, value):
     """The codes of one row; unused places are 0 with value 0."""
     index[:] = 0
     value[:] = 0
-    for a in range(min(n, len(index))):
+    for a in range(n):
         index[a], value[a] = S[a], z[a]
 
 
@@ -164,3 +165,24 @@ def statistics(index, value, x, A, B, used):
                         A[i, index[row, c]] += value[row, a] * value[row, c]
                 for k in range(x.shape[1]):
                     B[i, k] += value[row, a] * x[row, k]
+
+
+@_jit
+def atom_sweep(W, A, B):
+    """Each atom in turn: W_j + (B_j − A_j W) / A_jj, made length 1; in place."""
+    m, d = W.shape
+    step = np.empty(d, np.float32)
+    for j in range(m):
+        if A[j, j] <= 0:
+            continue
+        step[:] = B[j]
+        for i in range(m):
+            if A[j, i] != 0:
+                for k in range(d):
+                    step[k] -= A[j, i] * W[i, k]
+        length = np.float32(0)
+        for k in range(d):
+            step[k] = W[j, k] + step[k] / A[j, j]
+            length += step[k] * step[k]
+        if length > 0:
+            W[j] = step / np.sqrt(length)

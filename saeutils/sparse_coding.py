@@ -36,6 +36,12 @@ class SparseCodes(NamedTuple):
         z = self.value.new_zeros(len(self.value), m)
         return z.scatter_add_(1, self.index, self.value)
 
+    def times(self, W: Float[Tensor, "m d"]) -> Float[Tensor, "rows d"]:
+        """z W, without making z dense."""
+        return torch.nn.functional.embedding_bag(
+            self.index, W, mode="sum", per_sample_weights=self.value
+        )
+
 
 class SparseCoder:
     """A dictionary with sparse inference for an encoder; can be scored like an SAE.
@@ -47,6 +53,7 @@ class SparseCoder:
         penalty: λ; by default 0.15, for codes around 1.
         smallest: codes below leave after a re-fit without penalty (lasso). By
             default twice the penalty. With `refit=False` codes stay as λ shrank them.
+        limits: width and sweeps of `lasso`.
     """
 
     def __init__(
@@ -59,6 +66,7 @@ class SparseCoder:
         penalty: int | float = 0.15,
         smallest: int | float | None = None,
         refit: bool = True,
+        **limits: int,
     ) -> None:
         if method not in ("lasso", "fista", "omp", "omp at k"):
             raise ValueError(
@@ -67,6 +75,7 @@ class SparseCoder:
         self.W_dec, self.b_dec, self.method = W.detach(), b.detach(), method
         self.k, self.penalty, self.refit = k, penalty, refit
         self.smallest = 2 * penalty if smallest is None else smallest
+        self.limits = limits
         self.needs_counts = method == "omp at k"
 
     def encode(
@@ -88,6 +97,7 @@ class SparseCoder:
                 self.penalty,
                 refit=self.refit,
                 smallest=self.smallest,
+                **self.limits,
             )
         return omp(centred, self.W_dec, self.k if counts is None else counts)
 
@@ -135,13 +145,16 @@ def lasso(
     refit: bool = False,
     smallest: int | float = 0.0,
     width: int | None = None,
+    sweeps: int = 2000,
 ) -> SparseCodes:
     """The minimum that `fista` tends to, by coordinate descent on a working set.
 
     Args:
         refit: afterwards fit the codes that are not zero without penalty (z ≥ 0), and
             drop codes below `smallest`, the smallest first, fitting again each time.
-        width: most codes of a row; default min(m, d).
+        width: most codes that a row may try at a time; default min(m, 4 d).
+        sweeps: of the descent, at most; fewer give up sooner on atoms that hardly
+            differ.
 
     Raises: ValueError for a penalty ≤ 0 or rows of another width.
     """
@@ -150,8 +163,8 @@ def lasso(
     _checked(x, W, penalty)
     if penalty <= 0:
         raise ValueError(f"lasso wants a positive penalty, got {penalty}")
-    width = min(*W.shape) if width is None else width
-    options = (np.float32(penalty), np.float32(2e-4 * penalty), refit)
+    width = min(len(W), 4 * W.shape[1]) if width is None else width
+    options = (np.float32(penalty), np.float32(2e-4 * penalty), sweeps, refit)
 
     def solve(q0, G, x, first, index, value):
         in_threads(

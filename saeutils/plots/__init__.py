@@ -6,6 +6,7 @@ arrays may be torch tensors or numpy arrays.
 """
 
 from saeutils.plots.attribution import agreement, attributions, removal_curves
+from saeutils.plots.cards import feature_card
 from saeutils.plots.images import image_grid, reconstructions, top_images
 from saeutils.plots.intervals import intervals
 from saeutils.plots.ladder import ladder
@@ -18,6 +19,11 @@ from saeutils.plots.language import (
 from saeutils.plots.maps import cosine_histogram, cosine_map, pca_map
 from saeutils.plots.panels import image_panels
 from saeutils.plots.probing import by_class, point_maps, sparse_probes
+from saeutils.plots.recovery import (
+    phase_diagram,
+    recovery_by_rate,
+    score_against_score,
+)
 from saeutils.plots.scores import (
     class_profile,
     cumulative,
@@ -41,6 +47,7 @@ __all__ = [
     "density",
     "dots",
     "effects",
+    "feature_card",
     "highlighted",
     "image_grid",
     "image_panels",
@@ -48,9 +55,12 @@ __all__ = [
     "ladder",
     "loss_curves",
     "pca_map",
+    "phase_diagram",
     "point_maps",
     "reconstructions",
+    "recovery_by_rate",
     "removal_curves",
+    "score_against_score",
     "scorecard_table",
     "sparse_probes",
     "styled",
