@@ -43,13 +43,27 @@ class Readout:
 
 
 def run(
-    model: nn.Module, hook: str, images: Float[Tensor, "n pixels"]
+    model: nn.Module,
+    hook: str,
+    images: Float[Tensor, "n pixels"],
+    *,
+    add: Float[Tensor, "n d_in"] | None = None,
 ) -> tuple[Float[Tensor, "n d_in"], Float[Tensor, "n classes"]]:
-    """(activations at `hook`, logits), with gradients."""
+    """(activations at `hook`, logits), with gradients.
+
+    Args:
+        add: what to add to the activations before the model goes on with them.
+
+    Raises:
+        ValueError: a hook point that the model has not, or never calls.
+    """
     seen = []
-    handle = hook_point(model, hook).register_forward_hook(
-        lambda _module, _inputs, output: seen.append(output)
-    )
+
+    def look(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor | None:
+        seen.append(output)
+        return None if add is None else output + add.view_as(output)
+
+    handle = hook_point(model, hook).register_forward_hook(look)
     try:
         logits = model(images)
     finally:

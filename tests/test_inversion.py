@@ -231,8 +231,9 @@ def test_coordinates_of_real_images_have_unit_variance(stats, data):
     assert torch.allclose(c.square().mean(0), torch.ones(20), atol=1e-2)
     spectrum = torch.fft.rfft2(data.images.float() / 255).abs().mean(0)
     assert torch.allclose(stats.amplitude, spectrum, atol=1e-3)
-    with pytest.raises(ValueError, match=r"1\.\.64"):
-        pictures.image_stats(data, 65)
+    assert len(pictures.image_stats(data, 1000).sd) <= 64
+    with pytest.raises(ValueError, match="at least 1, got 0"):
+        pictures.image_stats(data, 0)
 
 
 def test_high_frequency_of_waves():

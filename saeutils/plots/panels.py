@@ -24,7 +24,8 @@ def image_panels(
 
     Args:
         groups: heading (two lines with <br>) -> (images (rows, columns, h, w), text
-            under each image). The number of rows is the same in all groups.
+            under each image, or () for none; a row may have fewer texts than images).
+            The number of rows is the same in all groups.
 
     Raises:
         ValueError: groups of different numbers of rows.
@@ -35,12 +36,13 @@ def image_panels(
         raise ValueError(f"groups must have the same number of rows, got {counts}")
     columns = [part.shape[1] for part in parts.values()]
     n_rows = len(next(iter(parts.values())))
-    captions = [
-        [text for _, texts in groups.values() for text in texts[row]]
-        if any(len(texts) for _, texts in groups.values())
-        else []
-        for row in range(n_rows)
-    ]
+    captions = []
+    if any(len(texts) for _, texts in groups.values()):
+        for row in range(n_rows):
+            captions.append([])
+            for (_, texts), n in zip(groups.values(), columns, strict=True):
+                own = list(texts[row]) if len(texts) else []
+                captions[-1] += own + [""] * (n - len(own))
     fig = image_grid(
         np.concatenate(list(parts.values()), axis=1),
         captions=captions,

@@ -14,6 +14,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -54,8 +55,18 @@ BROWSERS = (
 # --- a notebook -----------------------------------------------------------
 
 
-def notebook_page(notebook: nbformat.NotebookNode, run: Run, folder: Path) -> str:
-    """The page of an executed notebook; images it names lie in `folder`."""
+def notebook_page(
+    notebook: nbformat.NotebookNode,
+    run: Run,
+    folder: Path,
+    made: tuple[Path, str] | None = None,
+) -> str:
+    """The page of an executed notebook; images it names lie in `folder`.
+
+    Args:
+        made: the folder it ran in, and that folder as seen from the page: links to
+            files that the notebook wrote there are led to them.
+    """
     shown = nbformat.from_dict(notebook)
     failed = None
     if run.failure and run.failure.cell:
@@ -63,7 +74,7 @@ def notebook_page(notebook: nbformat.NotebookNode, run: Run, folder: Path) -> st
     shown.cells = [cell for cell in shown.cells if _wanted(cell)]
     CoalesceStreamsPreprocessor(enabled=True)(shown, {})  # progress bars: last line
     env = _environment()
-    env.filters["markdown"] = lambda text: markdown(text, folder)
+    env.filters["markdown"] = lambda text: markdown(text, folder, made)
     body = env.get_template("cells.html.j2").render(cells=shown.cells, failed=failed)
     return env.get_template("notebook.html.j2").render(
         run=run,
@@ -128,17 +139,26 @@ class _Renderer(IPythonRenderer):
 
     def heading(self, text: str, level: int, **attrs: Any) -> str:
         words = re.sub(r"<[^>]*>", "", text)
-        name = re.sub(r"\W+", "-", words.lower()).strip("-")
-        return f'<h{level} id="{name}">{text}</h{level}>\n'
+        return f'<h{level} id="{anchor(words)}">{text}</h{level}>\n'
 
     def image(self, text: str, url: str, title: str | None = None) -> str:
         if re.match(r"(https?:)?//", url):  # a badge, say: its text is enough
             return self.escape_html(text)
         return super().image(text, url, title)
 
+    made: tuple[Path, str] | None = None
 
-def markdown(text: str, folder: Path) -> str:
+    def link(self, text: str, url: str, title: str | None = None) -> str:
+        if self.made and not re.match(r"\w+:|[/#]", url):
+            where, seen_as = self.made
+            if (where / url.partition("#")[0]).is_file():
+                url = f"{seen_as}/{url}"
+        return super().link(text, url, title)
+
+
+def markdown(text: str, folder: Path, made: tuple[Path, str] | None = None) -> str:
     renderer = _Renderer(escape=False, embed_images=True, path=str(folder))
+    renderer.made = made
     return MarkdownWithMath(renderer=renderer).render(text)
 
 
@@ -146,6 +166,44 @@ def _code_css() -> str:
     light = HtmlFormatter(style="friendly").get_style_defs(".highlight")
     dark = HtmlFormatter(style="github-dark").get_style_defs(".highlight")
     return f"{light}\n@media screen and (prefers-color-scheme: dark) {{\n{dark}\n}}"
+
+
+# --- figures on their own -------------------------------------------------
+
+
+def anchor(name: str) -> str:
+    """What a heading or figure of that name is linked by: latent 12 -> latent-12."""
+    return re.sub(r"\W+", "-", name.lower()).strip("-")
+
+
+def write_figures(path: str | Path, title: str, figures: Mapping[str, Any]) -> Path:
+    """A page of Plotly figures, printed one a sheet; each can be linked to.
+
+    Args:
+        path: of the new page, e.g. "runs/cards.html"; its folder is made.
+        figures: by name; `path#anchor(name)` leads to it.
+
+    Raises:
+        ValueError: no figures, or two names with one anchor.
+    """
+    anchors = {name: anchor(name) for name in figures}
+    if not figures or len({*anchors.values()}) < len(anchors):
+        raise ValueError(f"figures need names that differ in letters: {list(figures)}")
+    page = (
+        _environment()
+        .get_template("figures.html.j2")
+        .render(
+            title=title,
+            figures={name: json.loads(f.to_json()) for name, f in figures.items()},
+            anchors=anchors,
+            plotly=plotly_js(),
+            **_looks(),
+        )
+    )
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write(path, page)
+    return path
 
 
 # --- the index ------------------------------------------------------------

@@ -121,7 +121,9 @@ def work(job: Job, progress) -> Run:
         thumbnail=pages.thumbnail(notebook),
         failure=failure,
     )
-    pages.write(job.page, pages.notebook_page(notebook, run, job.notebook.parent))
+    made = job.folder, os.path.relpath(job.folder, job.page.parent)
+    page = pages.notebook_page(notebook, run, job.notebook.parent, made)
+    pages.write(job.page, page)
     return run
 
 
