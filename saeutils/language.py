@@ -225,6 +225,7 @@ def logit_lens(
 class Choice(NamedTuple):
     """How often a model prefers the word that came to the other one."""
 
+    words: tuple[str, str]
     right: float
     """Share of places where the word that stands there is the likelier of the two."""
     majority: float
@@ -233,36 +234,41 @@ class Choice(NamedTuple):
     """Places."""
 
 
-def forced_choice(
+def forced_choices(
     model: nn.Module,
     pair: Pair,
-    words: tuple[str, str],
+    choices: Sequence[tuple[str, str]],
     *,
     batch_size: int = 32,
-) -> Choice:
+) -> list[Choice]:
     """Wherever one of two words comes next: does the model prefer it to the other?
 
     Args:
-        words: each a single token after a blank, as ("was", "were").
+        choices: pairs of words, each a single token after a blank, as ("was", "were").
 
     Raises ValueError for a word of several tokens, and where neither occurs.
     """
     ids, labels = pair
-    a, b = (_token(model.tokenizer, word) for word in words)
+    coded = [[_token(model.tokenizer, word) for word in words] for words in choices]
     device = next(model.parameters()).device
-    right = first = n = 0
+    counts = torch.zeros(len(choices), 3, dtype=torch.int64)  # right, first word, all
     with evaluation_mode(model):
         for i in range(0, len(ids), batch_size):
             wanted = labels[i : i + batch_size].to(device)
-            places = (wanted == a) | (wanted == b)
-            logits = model(ids[i : i + batch_size].to(device))[places]
-            is_a = wanted[places] == a
-            right += ((logits[:, a] > logits[:, b]) == is_a).sum().item()
-            first += is_a.sum().item()
-            n += len(is_a)
-    if n == 0:
-        raise ValueError(f"neither {words[0]!r} nor {words[1]!r} occurs in the text")
-    return Choice(right / n, max(first, n - first) / n, n)
+            logits = model(ids[i : i + batch_size].to(device))
+            for count, (a, b) in zip(counts, coded, strict=True):
+                places = (wanted == a) | (wanted == b)
+                is_a, values = wanted[places] == a, logits[places]
+                right = (values[:, a] > values[:, b]) == is_a
+                count += torch.tensor([right.sum(), is_a.sum(), len(is_a)])
+    found = []
+    for words, (right, first, n) in zip(choices, counts.tolist(), strict=True):
+        if n == 0:
+            raise ValueError(
+                f"neither {words[0]!r} nor {words[1]!r} occurs in the text"
+            )
+        found.append(Choice(words, right / n, max(first, n - first) / n, n))
+    return found
 
 
 def _token(tokenizer: "PreTrainedTokenizerBase", word: str) -> int:

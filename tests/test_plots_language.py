@@ -8,7 +8,7 @@ from saeutils import plots
 
 def test_each_token_stands_on_a_ground_as_strong_as_its_value():
     tokens = ["Tom", " saw", " <b>", "\n", "It"]
-    values = np.array([np.nan, 0.0, 1.0, 4.0, 2.0])
+    values = np.array([np.nan, 0, 1, 4, 2], np.float32)
     fig = plots.highlighted({"one": (tokens, values)}, title="t", unit="nats", high=4)
     assert len(fig.layout.shapes) == 3  # neither NaN nor 0 has a ground
     strongest = {s.x0: s.fillcolor for s in fig.layout.shapes}

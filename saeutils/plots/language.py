@@ -53,7 +53,7 @@ def highlighted(
             if x + len(text) > columns:
                 y, x = y + 1, 0
             if np.isfinite(value) and value > 0:
-                colour = sample_colorscale(_SCALE, min(value / high, 1))[0]
+                colour = sample_colorscale(_SCALE, min(float(value) / high, 1.0))[0]
                 fig.add_shape(
                     type="rect",
                     x0=x,
@@ -184,8 +184,9 @@ def effects(
         automargin=True,
         ticksuffix="  ",
     )
-    height = 210 + 28 * len(names)
-    return legend_below(styled(fig, title, subtitle, x=x, height=height))
+    height = 225 + 28 * len(names)
+    fig = legend_below(styled(fig, title, subtitle, x=x, height=height))
+    return fig.update_layout(margin_t=110 if levels and subtitle else 90)
 
 
 def attention_patterns(
