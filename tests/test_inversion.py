@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from saeutils import inversion, pictures, readouts
+from saeutils import canvas, inversion, pictures, readouts
 from saeutils.datasets import ImageData
 from saeutils.inversion import METHODS, Method
 from saeutils.sae import export, initial_params
@@ -150,7 +150,7 @@ def test_the_other_units_can_be_kept_silent(stats):
     assert (measured[1].ratio < measured[0].ratio).all() and (alone.score > 0).all()
 
 
-@pytest.mark.parametrize("optimiser", inversion.OPTIMISERS)
+@pytest.mark.parametrize("optimiser", canvas.OPTIMISERS)
 def test_all_optimisers_climb_to_the_same_place(stats, optimiser):
     read = readouts.neurons(linear(), "0", 5)
     method = Method("pca", prior=2, box=False, steps=400, lr=0.02, optimiser=optimiser)

@@ -108,7 +108,7 @@ def feature_card(card: Any) -> go.Figure:
         fig.update_yaxes(title_text=y, nticks=5, row=2, col=col)
     for col in (3, 5):
         fig.update_xaxes(type="category", tickangle=0, row=2, col=col)
-    fig.update_yaxes(type="log", nticks=4, row=2, col=1)
+    fig.update_yaxes(type="log", dtick=1, row=2, col=1)
     return fig.update_layout(showlegend=False, margin=dict(t=115, b=25))
 
 
