@@ -58,13 +58,13 @@ def usefulness(
     card = metrics.scorecard(
         sae, held_out, eval_set="test", model=model, hook=hook, data=test
     )
-    z, z_test = _codes(sae, rows), _codes(sae, held_out)
+    z, z_test = _codes(sae, rows[:probed]), _codes(sae, held_out)
     unit, fires = firing_unit(z_test, seed)
     gradients = input_gradients(model, hook, sae, test.take(fires).pixels, unit)
     pca = PCA(rows, min(k, rows.shape[1]))
-    few = z[:probed], train.labels[:probed]
-    single = single_probes(*few, most=8, tolerance=1e-5)  # enough to choose by
-    probes = sparse_probes(*few, z_test, test.labels, ks=(1,), single=single)
+    known = z, train.labels[:probed]
+    single = single_probes(*known, most=8, tolerance=1e-5)  # enough to choose by
+    probes = sparse_probes(*known, z_test, test.labels, ks=(1,), single=single)
     few = slice(0, clustered)
     clusters = k_means(
         z_test[few], test.labels[few], normalise=True, starts=2, seed=seed
