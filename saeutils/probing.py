@@ -157,8 +157,7 @@ def single_probes(
     classes = np.unique(y.numpy())
     if len(classes) < 2:
         raise ValueError(f"a probe needs two classes or more, got {classes.tolist()}")
-    columns = csc_matrix(x.detach().cpu().double().numpy())
-    columns.eliminate_zeros()
+    columns = csc_matrix(x.detach().cpu().float().numpy()).astype(np.float64)
     d, count = x.shape[1], np.diff(columns.indptr)
     latent, row = np.repeat(np.arange(d), count), columns.indices
 
