@@ -77,9 +77,9 @@ def paired_differences(
 
 
 def in_words(differences: "pd.DataFrame", column: str, digits: int = 2) -> str:
-    """The verdicts on one column, a clause each: "PCA −0.003 ± 0.001 (better), …"."""
+    """The verdicts on one column, a clause each: "PCA −0.003 ± 0.001 (better); …"."""
     part = differences[differences["column"] == column]
-    return ", ".join(
+    return "; ".join(
         f"{row.name} {row.difference:+.{digits}f} ± "
         f"{row.high - row.difference:.{digits}f} ({row.verdict})".replace("-", "−")
         for row in part.itertuples(index=False, name="Row")

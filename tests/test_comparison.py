@@ -89,7 +89,7 @@ def test_words_and_figure_say_what_the_table_says():
     frame = runs(plain=[1, 2, 3], low=[0.5, 1.51, 2.49], odd=[3, 1, 3])
     table = paired_differences(frame, "plain", BETTER)
     assert in_words(table, "loss") == (
-        "low −0.50 ± 0.02 (better), odd +0.33 ± 3.79 (unclear)"
+        "low −0.50 ± 0.02 (better); odd +0.33 ± 3.79 (unclear)"
     )
     fig = plots.intervals(table, title="Title", subtitle="what to know")
     assert [t.text for t in fig.layout.annotations] == ["<b>loss</b>", "<b>gain</b>"]
