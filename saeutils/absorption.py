@@ -3,9 +3,9 @@
 Where feature c fires only together with its parent p, one atom along p + c explains
 as much as two along p and c, with fewer codes: sparsity itself asks for the merger
 ("absorption"). What gives it away is that p and c have magnitudes of their own. On
-rows where the merged atom j fires, the best SIGNED amount of the parent's atom i that
-is to be added differs from zero nearly always, on either side; an atom that merely
-resembles i has an i of its own to add only where feature i happens to fire.
+nearly every row where the merged atom fires, the best SIGNED amount of the parent's
+atom to add is not zero, on either side. An atom that merely lies close to another has
+some of that to add only where the other feature happens to fire as well.
 """
 
 import torch
@@ -46,7 +46,8 @@ def take_apart(
 
     Args:
         left: rows − b − codes · W.
-        least: in the units of the codes; below it is nothing.
+        least: in the units of the codes, and never taken less than 2.5 times the root
+            mean square of `left`'s coordinates: noise is no absorption.
         above: default `chance_cosine(m, d)`: closer than random directions get.
         fewest: rows on which j must fire to be judged.
 
@@ -56,6 +57,7 @@ def take_apart(
     above = chance_cosine(m, d) if above is None else above
     on = codes.value > 0
     used = codes.index[on].bincount(minlength=m)
+    least = max(float(least), 2.5 * left.square().mean().sqrt().item())
     cosine = W @ W.T
     rarer = used[:, None] <= used
     cosine = cosine.masked_fill(rarer | (used < fewest)[None, :], -1)

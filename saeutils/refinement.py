@@ -68,7 +68,7 @@ def refine(
         rounds: of codes, atoms and repair; each on the next `batch` rows. The last
             quarter starts no atom anew.
         penalty: λ in typical codes.
-        absorption: whether absorbed atoms are taken apart.
+        absorption: whether absorbed atoms are taken apart, in the last quarter.
         encoder: whether an encoder is fitted; else `sae` of the result is None.
 
     Raises: ValueError for fewer rounds than 1, rows of another width, or an SAE that
@@ -100,7 +100,8 @@ def refine(
         on = codes.value > 0
         size = codes.value[on].median().item()
         apart = new = 0
-        if absorption:
+        # Late: merged atoms are told apart best once they have fully merged.
+        if absorption and number >= rounds * 3 // 4:
             W, apart = take_apart(W, codes, left, least=size / 10)
         if number < rounds * 3 // 4:
             W, new = reseed(W, used, left, generator)

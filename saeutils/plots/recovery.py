@@ -23,7 +23,7 @@ def recovery_by_rate(
     """Mean of a score over features of like rate: one line a method.
 
     Args:
-        groups: name -> (rates (n,), score of each feature (n,)). Bins hold equally many.
+        groups: name -> (rates (n,), score of each (n,)); bins hold equally many.
         controls: names drawn grey and dotted.
     """
     fig = go.Figure()
@@ -61,7 +61,7 @@ def phase_diagram(
     y: str,
     bar: str = "found",
 ) -> go.Figure:
-    """Heat map of `values` (down, across) in [0, 1], each number written in its cell."""
+    """Heat map of `values` (down, across) in [0, 1], numbers written in the cells."""
     values = array(values)
     fig = go.Figure(
         go.Heatmap(
