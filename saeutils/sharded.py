@@ -343,6 +343,17 @@ def as_parquet(columns: dict[str, np.ndarray]) -> bytes:
     return out.getvalue()
 
 
+def rows_done(path: str | Path | Folder) -> int:
+    """Rows that are safe in the store at `path`, finished or not; 0 if there is none.
+
+    A writer may be at work there meanwhile.
+    """
+    folder = folder_at(path)
+    if not folder.exists(MANIFEST):
+        return 0
+    return json.loads(folder.read(MANIFEST))["rows"]
+
+
 def read_manifest(folder: Folder, expected: str) -> dict[str, Any]:
     """The manifest of a store. Raises ValueError when it is not one we can read."""
     if not folder.exists(MANIFEST):

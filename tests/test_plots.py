@@ -176,6 +176,17 @@ def test_an_example_without_image_is_an_error():
         )
 
 
+def test_boxes_frame_the_pixels_that_they_name():
+    images = torch.zeros(2, 3, 8, 8)
+    boxes = [[None] * 3, [None, (4, 2, 3, 5), None]]
+    fig = plots.image_grid(images, boxes=boxes, title="t")
+    (frame,) = fig.layout.shapes
+    images[1, 1, 4:7, 2:7] = 1
+    rows, columns = np.nonzero(plots.image_grid(images, title="t").data[0].z)
+    assert (frame.y0, frame.y1) == (rows.min() - 0.5, rows.max() + 0.5)
+    assert (frame.x0, frame.x1) == (columns.min() - 0.5, columns.max() + 0.5)
+
+
 def test_image_grid_keeps_every_pixel_in_its_cell():
     images = torch.arange(2 * 3 * 4 * 5, dtype=torch.uint8).reshape(2, 3, 4, 5)
     captions = [["x"] * 3] * 2

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from saeutils.activations import save_activations
+from saeutils.sharded import rows_done
 from saeutils.storage import AtomicFile
 from saeutils.store import ActivationStore, StoreWriter
 
@@ -146,7 +147,9 @@ def test_kill_at_every_single_step(memory_path):
 
 def test_an_unfinished_store_opens_only_when_asked(tmp_path):
     writer = StoreWriter(tmp_path, hook="x", d_in=2, expected_rows=9, rows_per_shard=4)
+    assert rows_done(tmp_path / "none") == rows_done(tmp_path) == 0
     writer.append(torch.ones(5, 2))
+    assert rows_done(tmp_path) == 4
     writer.abandon()
     with pytest.raises(ValueError, match=r"not complete \(4 of 9 rows\)"):
         ActivationStore.open(tmp_path)

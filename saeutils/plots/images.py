@@ -6,9 +6,10 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
-from saeutils.plots.style import array, colour_bar, styled
+from saeutils.plots.style import LINES, array, colour_bar, styled
 
 GAP = 3  # image pixels between two columns
+Box = tuple[int, int, int, int]  # top, left, height, width, in pixels of the image
 
 
 def image_grid(
@@ -16,6 +17,7 @@ def image_grid(
     *,
     captions: Sequence[Sequence[str]] = (),
     row_titles: Sequence[str] = (),
+    boxes: Sequence[Sequence[Box | None]] = (),
     title: str,
     subtitle: str = "",
     cell: int = 64,
@@ -25,6 +27,7 @@ def image_grid(
     Args:
         captions: text under each image; two lines with <br>.
         row_titles: text at the left of each row.
+        boxes: what to frame in each image, such as the patch of a row.
         cell: pixels of an image on the screen.
     """
     images = array(images)
@@ -55,6 +58,18 @@ def image_grid(
                 yanchor="top",
                 font_size=10,
             )
+    for i, row in enumerate(boxes):
+        for j, box in enumerate(row):
+            if box is not None:
+                top, left = i * pitch[0] + box[0] - 0.5, j * pitch[1] + box[1] - 0.5
+                fig.add_shape(
+                    type="rect",
+                    x0=left,
+                    x1=left + box[3],
+                    y0=top,
+                    y1=top + box[2],
+                    line=dict(color=LINES[1], width=2),
+                )
     for i, text in enumerate(row_titles):
         fig.add_annotation(
             x=0,
@@ -96,6 +111,7 @@ def top_images(
     *,
     n: int = 10,
     row_titles: Sequence[str] = (),
+    boxes: Sequence[Sequence[Box | None]] = (),
     title: str = "Images that a latent responds to most",
     subtitle: str = "Under each image: label · activation, and the image's id",
 ) -> go.Figure:
@@ -106,6 +122,7 @@ def top_images(
             (`examples.Examples`).
         data: the images (m, h, w) as `data.images`, and their ids (m,) as `data.ids`
             (`datasets.ImageData`); examples and images are joined by id.
+        boxes: what to frame in each image, for each example (`store.context(...).box`).
 
     Raises:
         ValueError: an example whose id is not among the data's.
@@ -133,6 +150,7 @@ def top_images(
         grid,
         captions=captions,
         row_titles=titles,
+        boxes=boxes,
         title=title,
         subtitle=subtitle,
         cell=56,
