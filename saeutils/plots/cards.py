@@ -169,7 +169,7 @@ def _words(card: Any) -> str:
         lines = [
             f"On {e.n:,} test images it fires. Without it",
             f"accuracy there {e.accuracy_before:.1%} → {e.accuracy_after:.1%},",
-            f"{e.changed} answers change",
+            f"answers that change: {e.changed}",
             f"(a random direction: {e.changed_by_chance}).",
         ]
     lines.append("")
