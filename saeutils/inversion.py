@@ -36,7 +36,7 @@ METHODS = {
     "total variation": Method(tv=4.0),
     "jitter + blur": Method(jitter=1, blur=1.0),
     "Fourier 1/f": Method("fourier"),
-    "mean-spectrum phases": Method("phase"),
+    "spectrum phases": Method("phase"),
     "PCA + prior": Method("pca", prior=1.2),
     "PCA + prior, alone": Method("pca", prior=1.2, off_target=0.03),
 }

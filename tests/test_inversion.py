@@ -172,7 +172,7 @@ def test_a_layer_that_loses_nothing_is_inverted_exactly(stats, data):
 
 def test_phases_keep_the_spectrum(stats):
     read = readouts.neurons(linear(), "0", 5)
-    method = replace(METHODS["mean-spectrum phases"], box=False, steps=20)
+    method = replace(METHODS["spectrum phases"], box=False, steps=20)
     images = inversion.maximise(read, [1], torch.ones(5), stats, method).images[0]
     found = torch.fft.rfft2(images.view(-1, 8, 8)).abs()
     assert torch.allclose(

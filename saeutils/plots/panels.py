@@ -75,7 +75,7 @@ def image_panels(
             xanchor="left",
             yanchor="bottom",
             align="left",
-            font_size=12,
+            font_size=11,
         )
     lines = max(name.count("<br>") + 1 for name in parts)
     left, right = fig.layout.margin.l, fig.layout.margin.r
