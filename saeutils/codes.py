@@ -36,6 +36,7 @@ from tqdm.auto import tqdm
 from saeutils.context import Context, context
 from saeutils.inputs import content
 from saeutils.kernels import Codes
+from saeutils.sae import encode_sparse
 from saeutils.sharded import VERSION, ShardedStore, ShardedWriter, as_json
 from saeutils.storage import Folder, explained
 from saeutils.store import Index, Store, as_store
@@ -314,8 +315,7 @@ def encode(
 ) -> CodeStore:
     """The codes z = sae.encode(x) of all rows, stored where they are not zero.
 
-    sae: anything with `encode` and `W_dec` (d_sae, d_in). Its own encoder is what
-        runs, a chunk at a time, so the codes are exact for every architecture.
+    sae: anything with `encode` and `W_dec` (d_sae, d_in); see `sae.encode_sparse`.
     path: of the code store. One that an earlier call with the same SAE and rows left
         unfinished is completed; one that it finished is opened.
     dtype: of the stored values: float32, or float16 (a value too small for it is
@@ -347,18 +347,10 @@ def encode(
         )
         for start in range(writer.rows_done, len(store), size):
             x = store[start : start + size].to(sae.W_dec)
-            writer.append(as_codes(sae.encode(x)), store)
+            writer.append(encode_sparse(sae, x), store)
             bar.update(len(x))
         bar.close()
     return CodeStore.open(path)
-
-
-def as_codes(z: Tensor) -> Codes:
-    """Dense codes as CSR, on the CPU; entries that are zero are left out."""
-    row, latent = z.nonzero(as_tuple=True)
-    counts = torch.bincount(row, minlength=len(z)).cpu()
-    indptr = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-    return Codes(indptr, latent.int().cpu(), z[row, latent].float().cpu())
 
 
 def sae_fingerprint(sae: Any) -> str:

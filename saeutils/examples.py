@@ -14,13 +14,13 @@ from jaxtyping import Bool, Float32, Float64, Int64
 from torch import Tensor
 
 from saeutils.metrics import Autoencoder
+from saeutils.sae import as_codes, encode_sparse
 from saeutils.store import as_store
 from saeutils.streaming import (
     BUDGET,
     Firings,
     Rows,
     checked_chunks,
-    firings,
     rows_within,
 )
 
@@ -74,9 +74,8 @@ class Codes:
         first = 0
         device = "cpu" if self.sae is None else self.sae.W_dec.device
         for x in checked_chunks(self.store, self.d_in, self._chunk, device):
-            z = x if self.sae is None else self.sae.encode(x)
-            row, latent, value = (part.cpu() for part in firings(z))
-            yield Firings(row + first, latent, value)
+            codes = as_codes(x) if self.sae is None else encode_sparse(self.sae, x)
+            yield Firings(codes.rows + first, codes.indices.long(), codes.values)
             first += len(x)
 
 

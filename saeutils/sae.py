@@ -16,10 +16,13 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from saeutils.kernels import Codes, encode_chunks, select_above, select_topk
 
 Params = dict[str, Tensor]
 
@@ -181,6 +184,35 @@ def export(
         state["threshold"] = torch.zeros_like(b_enc) + threshold / input_scale
     sae.load_state_dict(state)
     return sae.eval().requires_grad_(False)
+
+
+def encode_sparse(sae: Any, x: Float[Tensor, "n d_in"]) -> Codes:
+    """The latents z = sae.encode(x), sparse: CSR, on the CPU, float32.
+
+    TopK, JumpReLU (and so BatchTopK and Matryoshka) and L1 SAEs of sae_lens on the
+    CPU are encoded by our kernels, which never hold n × d_sae latents; any other SAE
+    by its own `encode`, dense. The same latents either way, up to the rounding of a
+    matrix product: one that lies on its threshold may fall on either side.
+    """
+    kind = type(sae).__name__ if type(sae).__module__.startswith("sae_lens.") else ""
+    config = getattr(sae, "cfg", None)
+    plain = kind in ("TopKSAE", "JumpReLUSAE", "StandardSAE")
+    plain = plain and not getattr(config, "rescale_acts_by_decoder_norm", False)
+    if not plain or sae.W_enc.device.type != "cpu" or sae.W_enc.dtype != torch.float32:
+        return as_codes(sae.encode(x))
+    pre = encode_chunks(sae.process_sae_in(x), sae.W_enc.T, sae.b_enc)
+    if kind == "TopKSAE":
+        return select_topk(pre, config.k)
+    threshold = sae.threshold.clamp(min=0) if kind == "JumpReLUSAE" else 0.0
+    return select_above(pre, threshold)
+
+
+def as_codes(z: Float[Tensor, "n d_sae"]) -> Codes:
+    """Dense codes as CSR, on the CPU, float32; entries that are zero are left out."""
+    row, latent = z.nonzero(as_tuple=True)
+    counts = torch.bincount(row, minlength=len(z)).cpu()
+    indptr = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    return Codes(indptr, latent.int().cpu(), z[row, latent].float().cpu())
 
 
 def save(sae, path: str | Path) -> Path:

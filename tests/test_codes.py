@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import saeutils.codes
-from saeutils.codes import CodeStore, CodeWriter, as_codes, encode, sae_fingerprint
+from saeutils.codes import CodeStore, CodeWriter, encode, sae_fingerprint
+from saeutils.sae import as_codes, encode_sparse
 from saeutils.storage import AtomicFile
 from saeutils.store import StoreWriter, TensorStore
 
@@ -93,9 +94,35 @@ def test_exact_for_the_classes_of_sae_lens(tmp_path, architecture):
         torch.nn.init.normal_(parameter, std=0.5)
     x = rows(100)
     codes = save(tmp_path, sae, x, dense_bytes=2**20)
-    z = sae.encode(x)
+    z = sae.encode(x).detach()
     assert 0 < codes.nnz < z.numel()
-    assert torch.equal(codes[:].dense(30), z.detach())
+    assert torch.equal(codes[:].dense(30) != 0, z != 0)
+    torch.testing.assert_close(codes[:].dense(30), z)
+
+
+def test_only_what_the_kernels_know_is_encoded_by_them(monkeypatch):
+    from sae_lens import TopKSAE, TopKSAEConfig
+
+    def refuse(*_):
+        raise AssertionError("encoded dense")
+
+    class Halved(TopKSAE):
+        def encode(self, x):
+            return super().encode(x) / 2
+
+    config = dict(d_in=4, d_sae=30, k=3, dtype="float32", device="cpu")
+    x = rows(50)
+    for sae_class in (TopKSAE, Halved):
+        for options in ({}, {"rescale_acts_by_decoder_norm": True}):
+            sae = sae_class(TopKSAEConfig(**config, **options)).requires_grad_(False)
+            sae.W_dec.mul_(3)
+            dense = sae.encode(x)
+            with monkeypatch.context() as patch:
+                if sae_class is TopKSAE and not options:
+                    patch.setattr(TopKSAE, "encode", refuse)
+                codes = encode_sparse(sae, x)
+            torch.testing.assert_close(codes.dense(30), dense)
+            assert ((codes.rows * 30 + codes.indices).diff() > 0).all()
 
 
 def test_provenance_travels_from_the_store(tmp_path):
