@@ -310,6 +310,13 @@ def test_formula_that_cannot_be_read_stays_readable():
     assert shown.startswith("<code") and "x^a^b&lt;c" in shown
 
 
+def test_links_between_notebooks_lead_from_page_to_page(tmp_path):
+    text = "[next](11_meta.ipynb) [all](README.md) [docs](https://x.org/a.ipynb)"
+    page = pages.markdown(text, tmp_path)
+    links = re.findall(r'href="([^"]*)"', page)
+    assert links == ["11_meta.html", "index.html", "https://x.org/a.ipynb"]
+
+
 def test_index_of_nothing_is_a_page(tmp_path):
     (tmp_path / "out").mkdir()
     index = write_index(tmp_path, tmp_path / "out")

@@ -149,6 +149,10 @@ class _Renderer(IPythonRenderer):
     made: tuple[Path, str] | None = None
 
     def link(self, text: str, url: str, title: str | None = None) -> str:
+        if url == "README.md":  # the list of notebooks
+            url = "index.html"
+        elif re.fullmatch(r"\w+\.ipynb", url):  # each has its page beside this one
+            url = url.removesuffix("ipynb") + "html"
         if self.made and not re.match(r"\w+:|[/#]", url):
             where, seen_as = self.made
             if (where / url.partition("#")[0]).is_file():
