@@ -51,7 +51,7 @@ def lasso_rows(
 ):
     """Non-negative lasso: the S that violates the optimality conditions grows until
     none does. Then, if asked, exact re-fit on S without penalty, and codes below
-    `smallest` leave, the smallest first."""
+    `smallest` leave, the smaller ones first."""
     m, width = q0.shape[1], index.shape[1]
     S = np.empty(width, np.int64)
     z = np.empty(width, np.float32)
@@ -91,18 +91,26 @@ def lasso_rows(
 
 @_jit
 def _refit(S, z, n, G, q0, tolerance, sweeps, smallest):
-    """Least squares over z ≥ 0 on S; while a code is below `smallest`, the smallest
-    leaves and the rest is fitted again. Returns how many stay."""
+    """Least squares over z ≥ 0 on S; while codes are below `smallest`, those below the
+    mean of these leave and the rest is fitted again. Returns how many stay."""
     while n > 0:
         _descend(S[:n], z[:n], G, q0, np.float32(0), tolerance, sweeps)
-        least = 0
+        count, mean = 0, np.float32(0)
         for a in range(n):
-            if z[a] < z[least]:
-                least = a
-        if z[least] >= smallest and z[least] > 0:
+            if z[a] < smallest or z[a] <= 0:
+                count += 1
+                mean += z[a]
+        if count == 0:
             break
-        n -= 1
-        S[least], z[least] = S[n], z[n]
+        mean /= count
+        kept = 0
+        for a in range(n):
+            if z[a] > mean or z[a] >= smallest > 0:
+                S[kept], z[kept] = S[a], z[a]
+                kept += 1
+        if kept == n:  # all equal up to rounding
+            kept -= 1
+        n = kept
     return n
 
 

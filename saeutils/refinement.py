@@ -98,7 +98,9 @@ def refine(
         left = x - b - codes.times(W)
         b = b + left.mean(0)
         on = codes.value > 0
-        size = codes.value[on].median().item()
+        # λ never falls: else, where nothing is exactly sparse, a smaller λ gives
+        # smaller codes, which ask for a smaller λ …
+        size = max(size, codes.value[on].median().item())
         apart = new = 0
         # Late: merged atoms are told apart best once they have fully merged.
         if absorption and number >= rounds * 3 // 4:

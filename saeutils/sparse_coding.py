@@ -151,7 +151,7 @@ def lasso(
 
     Args:
         refit: afterwards fit the codes that are not zero without penalty (z ≥ 0), and
-            drop codes below `smallest`, the smallest first, fitting again each time.
+            drop codes below `smallest`, the smaller ones first, and fit again.
         width: most codes that a row may try at a time; default min(m, 4 d).
         sweeps: of the descent, at most; fewer give up sooner on atoms that hardly
             differ.
