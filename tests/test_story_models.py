@@ -20,6 +20,7 @@ from transformers import (
 from saeutils import language
 from saeutils import story_models as sm
 from saeutils.activations import save_activations
+from saeutils.datasets import data_folder
 from saeutils.metrics import scorecard
 from saeutils.models import evaluate, story_model
 from saeutils.splicing import edited, in_model
@@ -320,11 +321,11 @@ def test_forced_choice_by_hand(two):
         right += bool(logits[row, place, a[0]] > logits[row, place, b[0]])
     for row, place in (pair[1] == b[0]).nonzero().tolist():
         right += bool(logits[row, place, b[0]] >= logits[row, place, a[0]])
-    assert language.forced_choice(two, pair, words) == (right / 4, 3 / 4, 4)
+    assert language.forced_choices(two, pair, [words]) == [(words, right / 4, 3 / 4, 4)]
     with pytest.raises(ValueError, match="'octopus' is not a single token"):
-        language.forced_choice(two, pair, ("was", "octopus"))
+        language.forced_choices(two, pair, [("was", "octopus")])
     with pytest.raises(ValueError, match="occurs in the text"):
-        language.forced_choice(two, (pair[0][1:], pair[1][1:] * 0 + 5), words)
+        language.forced_choices(two, (pair[0], pair[1] * 0 + 5), [words])
 
 
 def test_the_bigram_model_is_a_distribution_and_knows_what_it_saw():
@@ -339,3 +340,23 @@ def test_the_bigram_model_is_a_distribution_and_knows_what_it_saw():
     expected = (2 - 0.75 + 0.75 * 2 * q[6]) / 3  # 6 and 7 follow 5, three times
     found = model.loss((torch.tensor([[5]]), torch.tensor([[6]])))
     assert found == pytest.approx(-math.log(expected))
+
+
+@pytest.mark.parametrize("name", sm.EMBEDDED)
+def test_the_embedded_models_tell_stories(name):
+    """Small enough to carry, and as good as their cards say, on new stories."""
+    folder = data_folder() / name
+    assert (folder / "model.safetensors").stat().st_size <= 6_000_000
+    model = story_model(name)
+    assert model.cfg.d_vocab <= 4096 and model.cfg.n_layers == int(name[-2])
+    data = stories("test", n=12)
+    coded = tokens(data, model.tokenizer, model.cfg.n_ctx)
+    loss = evaluate(model, language.next_tokens(model, coded)).cross_entropy
+    scores = json.loads((folder / "scores.json").read_text())
+    assert loss == pytest.approx(scores[name]["sampled"]["per token"], rel=0.15)
+    for corpus in ("sampled", "grammar"):
+        two, one, null = (
+            scores[n][corpus]["per token"] for n in ("story-2L", "story-1L", "bigram")
+        )
+        assert two < one < null
+    assert "Once upon a time" in sm.generate(model, "Once upon", n=1, length=3)[0]
