@@ -76,7 +76,7 @@ def scorecard_table(
     per_line = 18 if metrics_as_rows else 14
     fig = go.Figure(
         go.Table(
-            columnwidth=[7 * widest + 20] + [6.5 * per_line] * len(cells),
+            columnwidth=[7 * widest + 20] + [7.4 * per_line] * len(cells),
             header=dict(
                 values=["", *(f"<b>{text}</b>" for text in header)],
                 fill_color="white",
@@ -96,7 +96,7 @@ def scorecard_table(
     wrapped = [max(-(-len(c[i]) // per_line) for c in cells) for i in range(len(index))]
     longest_header = max(-(-len(text) // per_line) for text in header)
     height = 44 + 15 * longest_header + sum(15 + 15 * lines for lines in wrapped)
-    width = 7 * widest + 40 + round(6.5 * per_line) * len(cells)
+    width = 7 * widest + 40 + round(7.4 * per_line) * len(cells)
     styled(fig, title, subtitle, width=width, height=height + (110 if subtitle else 80))
     return fig.update_layout(margin=dict(l=10, r=10, b=0), font_size=12)
 
