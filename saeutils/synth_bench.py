@@ -51,7 +51,11 @@ class SynthBench(Synthetic):
         config = configuration(n, d, max(1, round(128 * scale)), seed, orthogonal_steps)
         from sae_lens.synthetic import SyntheticModel
 
-        with open(os.devnull, "w") as null, contextlib.redirect_stderr(null):
+        with (
+            open(os.devnull, "w") as null,
+            contextlib.redirect_stderr(null),
+            torch.enable_grad(),  # pushing directions apart descends a gradient
+        ):
             self.model = SyntheticModel(config, device=device)
         generator = self.model.activation_generator
         generator.modify_activations = None
