@@ -17,7 +17,7 @@ endif
 RUN = $(PY) -m saeutils.report $(if $(PRESET),--preset $(PRESET)) \
       $(if $(JOBS),--jobs $(JOBS)) $(if $(TIMEOUT),--timeout $(TIMEOUT))
 
-.PHONY: help notebooks report thumbnails test lab lint format lock clean venv moved bench bench-env
+.PHONY: help notebooks report thumbnails test lab lint format lock clean venv moved bench bench-env assets
 
 help:
 	@echo 'make notebooks            run every notebook, write reports/index.html'
@@ -29,9 +29,10 @@ help:
 	@echo 'make lab                  JupyterLab in the same environment'
 	@echo 'make lint, make format    ruff and nbstripout: check, or mend'
 	@echo 'make lock                 pin anew what pyproject.toml asks for'
-	@echo 'make bench               speed, memory and quality against other libraries'
+	@echo 'make bench                speed, memory and quality against other libraries'
 	@echo '     ARGS=training        one of benchmarks/*.py, with its options'
-	@echo 'make bench-env           the libraries that need an environment of their own'
+	@echo 'make bench-env            the libraries that need an environment of their own'
+	@echo 'make assets               stories15M as a local model, by npm: ARGS=--help'
 	@echo 'make clean                remove the environment and caches, nothing else'
 	@echo 'PYTHON=/path/to/python3.12 chooses the Python for .venv'
 
@@ -73,6 +74,10 @@ bench-env: $(STAMP)
 	pip() { .venv-bench/bin/python -m pip --quiet --disable-pip-version-check "$$@"; }; \
 	pip install "$$torch" && pip install "$$torch" eai-sparsify==1.3.3 dictionary-learning==0.1.0 \
 	  && pip uninstall --yes torchvision
+
+# A real TinyStories transformer without the hub; notebooks take its folder as a name.
+assets: $(STAMP)
+	@$(PY) scripts/make_assets.py $(ARGS)
 
 # What a user made (notebooks, reports, runs, stores) stays.
 clean:
