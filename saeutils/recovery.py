@@ -8,7 +8,7 @@ of which only the directions are scored. Cosines are signed: a latent that point
 other way is not the feature. Where codes take both signs (ICA, PCA), they are |cos|.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from saeutils.baselines import Dictionary
 from saeutils.firing_scores import FiringCounts
-from saeutils.metrics import Autoencoder
+from saeutils.metrics import Autoencoder, summary
 from saeutils.streaming import RunningMoments
 from saeutils.synthetic import Synthetic
 
@@ -284,3 +284,16 @@ def _firing(
     out = counts.scores()
     out["r2"] = 1 - error / moments.scatter.sum().item()
     return out
+
+
+def by_group(
+    frame: "pd.DataFrame", group: str, columns: Sequence[str]
+) -> "pd.DataFrame":
+    """`metrics.summary` of each part of a table of recoveries; `group` comes last."""
+    import pandas as pd
+
+    parts = frame.groupby(group, sort=False)
+    return pd.concat(
+        summary(part)[["name", *columns]].assign(**{group: value})
+        for value, part in parts
+    )
