@@ -216,7 +216,7 @@ def test_interrupt_ends_the_kernels(tmp_path):
         time.sleep(0.1)
     kernel = psutil.Process(int(pid.read_text()))
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=30)
+    _, said = process.communicate(timeout=60)
     assert process.returncode == 130
     assert said.decode().strip() == "Stopped; no notebook goes on."
     gone, _ = psutil.wait_procs([kernel], timeout=10)

@@ -1,6 +1,7 @@
 """The command line: `python -m saeutils.report --help`."""
 
 import argparse
+import contextlib
 import signal
 import sys
 import time
@@ -88,24 +89,26 @@ def follow(jobs, parallel: int) -> list[Run]:
     states: list[State] = []
     ended: list[State] = []
     due: dict[str, float] = {}  # when to speak of a notebook again
-    for states in run_all(jobs, parallel):
-        new = [state for state in states if state.run and state not in ended]
-        ended += new
-        lines = [outcome(state) for state in new]
-        busy = [state for state in states if state.started and not state.run]
-        if live:
-            passed = clock(time.monotonic() - begin)
-            now = [running(state) for state in busy]
-            now.append(f"  {len(ended)} of {len(jobs)} done, {passed}")
-            sys.stdout.write(f"\x1b[{shown}F\x1b[J" if shown else "")
-            shown = len(now)
-            lines += now
-        else:
-            spoken = [s for s in busy if s.elapsed >= due.get(s.job.name, 0)]
-            due |= {s.job.name: s.elapsed + HEARTBEAT for s in spoken}
-            lines += [running(state) for state in spoken]
-        sys.stdout.write("".join(f"{line}\n" for line in lines))
-        sys.stdout.flush()
+    # Closed at once when Ctrl-C strikes out here, not whenever garbage is collected.
+    with contextlib.closing(run_all(jobs, parallel)) as progress:
+        for states in progress:
+            new = [state for state in states if state.run and state not in ended]
+            ended += new
+            lines = [outcome(state) for state in new]
+            busy = [state for state in states if state.started and not state.run]
+            if live:
+                passed = clock(time.monotonic() - begin)
+                now = [running(state) for state in busy]
+                now.append(f"  {len(ended)} of {len(jobs)} done, {passed}")
+                sys.stdout.write(f"\x1b[{shown}F\x1b[J" if shown else "")
+                shown = len(now)
+                lines += now
+            else:
+                spoken = [s for s in busy if s.elapsed >= due.get(s.job.name, 0)]
+                due |= {s.job.name: s.elapsed + HEARTBEAT for s in spoken}
+                lines += [running(state) for state in spoken]
+            sys.stdout.write("".join(f"{line}\n" for line in lines))
+            sys.stdout.flush()
     return [state.run for state in states]
 
 
