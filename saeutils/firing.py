@@ -215,7 +215,7 @@ class Composed:
         return out * (self.half[i] != self.half[j])
 
     def _chance(self) -> Tensor:
-        return _sums(self.rates, self.half)
+        return sums_by(self.rates, self.half)
 
 
 def phi(p_i: Tensor, p_j: Tensor, both: Tensor) -> Tensor:
@@ -265,7 +265,7 @@ def _uniform(rows: int, n: int, generator: torch.Generator) -> Tensor:
     return torch.rand(rows, n, generator=generator, device=generator.device)
 
 
-def _sums(values: Tensor, group: Tensor) -> Tensor:
+def sums_by(values: Tensor, group: Tensor) -> Tensor:
     """Sum of the values of each group."""
     return values.new_zeros(int(group.max()) + 1).index_add_(0, group, values)
 
@@ -274,7 +274,7 @@ def _slots(p: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
     """Each feature's part of [0, Σ p of its group): an interval as long as p."""
     order = group.argsort(stable=True)
     running = p[order].double().cumsum(0)
-    sums = _sums(p.double(), group)
+    sums = sums_by(p.double(), group)
     high = torch.empty_like(running)
     high[order] = running - (sums.cumsum(0) - sums)[group[order]]
     return (high - p).float(), high.float()

@@ -15,7 +15,7 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from saeutils import firing
-from saeutils.synthetic import Sample, Synthetic, _generator
+from saeutils.synthetic import Sample, Synthetic, keyed_generator
 
 DIRECTIONS = ("same", "rotated", "random")
 MAGNITUDES = ("same", "own")
@@ -54,7 +54,7 @@ class Related:
         joined by firings of its own at rate (q − p) / (1 − p).
         """
         b = self.b
-        generator = _generator(b.device, b.config.seed, seed, number, 7)
+        generator = keyed_generator(b.device, b.config.seed, seed, number, 7)
         fires = b.law.draw(len(acts_a), generator)
         p, q = self.a.rates[self.in_a], b.rates[self.in_b]
         u = torch.rand(
@@ -102,7 +102,7 @@ def related(
         )
     n, config = truth.n, truth.config
     b = Synthetic(replace(config, seed=config.seed + 1_000_003 * (seed + 1)))
-    generator = _generator("cpu", config.seed, seed, 2**31 + 1)
+    generator = keyed_generator("cpu", config.seed, seed, 2**31 + 1)
     count = round(shared * n)
     in_a = torch.randperm(n, generator=generator)[:count]
     in_b = torch.randperm(n, generator=generator)[:count]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from saeutils.firing import Independent
-from saeutils.synthetic import Sample, Synthetic, SyntheticConfig, _generator
+from saeutils.synthetic import Sample, Synthetic, SyntheticConfig, keyed_generator
 
 #: of each trainer at L0 25, width 4,096: F1, MCC, uniqueness, R²
 PUBLISHED = {
@@ -70,7 +70,7 @@ class SynthBench(Synthetic):
         self.law = Independent(counts.clamp_min(0.5) / drawn)
 
     def _block(self, number: int, seed: int) -> Sample:
-        words = _generator("cpu", self.config.seed, seed, number).initial_seed()
+        words = keyed_generator("cpu", self.config.seed, seed, number).initial_seed()
         devices = [self.device] if self.device != "cpu" else []
         with torch.random.fork_rng(devices):
             torch.manual_seed(words % 2**63)

@@ -147,7 +147,7 @@ class Synthetic:
         self.config, self.device = config, device
         # Not manual_seed(seed): an SAE that starts from the same seed would start at,
         # or near, the truth.
-        generator = _generator("cpu", config.seed, 2**31)
+        generator = keyed_generator("cpu", config.seed, 2**31)
         self.W = directions(config, generator).to(device)
         self.law = _to(law(config, generator), device)
         b = torch.nn.functional.normalize(
@@ -211,7 +211,7 @@ class Synthetic:
             yield Sample(x[part], acts[part])
 
     def _block(self, number: int, seed: int) -> Sample:
-        generator = _generator(self.device, self.config.seed, seed, number)
+        generator = keyed_generator(self.device, self.config.seed, seed, number)
         fires = self.law.draw(self.block, generator)
         return self._from(fires, generator)
 
@@ -331,7 +331,7 @@ def law(config: SyntheticConfig, generator: torch.Generator) -> firing.Law:
     # … but a set or a group holds frequent and rare features.
     spread = torch.arange(n) % -(-n // size)
     if config.firing == "correlated":
-        mean = firing._sums(p, neighbours) / torch.bincount(neighbours)
+        mean = firing.sums_by(p, neighbours) / torch.bincount(neighbours)
         rho = firing.latent_correlation(mean, config.correlation)
         return firing.Copula(p, rho.sqrt()[neighbours, None], neighbours)
     if config.firing == "low-rank":
@@ -341,7 +341,7 @@ def law(config: SyntheticConfig, generator: torch.Generator) -> firing.Law:
     if config.firing == "groups":
         return firing.Groups(p, spread, float(config.chance))
     if config.firing == "exclusive":
-        if float(firing._sums(p, spread).max()) > 1:
+        if float(firing.sums_by(p, spread).max()) > 1:
             raise ValueError(
                 f"SyntheticConfig: a set of {size} features would fire more than once "
                 "a row; ask for a smaller l0, group or largest"
@@ -360,7 +360,8 @@ def _magnitudes(kind: str, count: int, generator: torch.Generator) -> Tensor:
     return (normal if kind == "half-normal" else 1 + normal / 4).abs()
 
 
-def _generator(device: str, *key: int) -> torch.Generator:
+def keyed_generator(device: str, *key: int) -> torch.Generator:
+    """Random numbers that depend on the key alone, and on no `manual_seed(seed)`."""
     words = np.random.SeedSequence([part % 2**32 for part in key]).generate_state(2)
     return torch.Generator(device).manual_seed(int(words[0]) << 31 | int(words[1]) >> 1)
 
