@@ -208,7 +208,10 @@ def test_interrupt_ends_the_kernels(tmp_path):
     write_notebook(tmp_path / "10_slow.ipynb", ["# Slow", source])
     out = tmp_path / "out"
     command = [sys.executable, "-m", "saeutils.report", "--folder", tmp_path]
+    # A shell that runs the tests in the background has them ignore Ctrl-C.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen([*command, "--out", out], stderr=subprocess.PIPE)
+    signal.signal(signal.SIGINT, before)
     pid = out / "runs" / "10_slow" / "pid"
     deadline = time.monotonic() + 60
     while not (pid.exists() and pid.read_text().endswith("\n")):
