@@ -23,6 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saeutils.kernels import Codes, encode_chunks, select_above, select_topk
+from saeutils.streaming import firings
 
 Params = dict[str, Tensor]
 
@@ -209,10 +210,10 @@ def encode_sparse(sae: Any, x: Float[Tensor, "n d_in"]) -> Codes:
 
 def as_codes(z: Float[Tensor, "n d_sae"]) -> Codes:
     """Dense codes as CSR, on the CPU, float32; entries that are zero are left out."""
-    row, latent = z.nonzero(as_tuple=True)
+    row, latent, value = firings(z)
     counts = torch.bincount(row, minlength=len(z)).cpu()
     indptr = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-    return Codes(indptr, latent.int().cpu(), z[row, latent].float().cpu())
+    return Codes(indptr, latent.int().cpu(), value.float().cpu())
 
 
 def save(sae, path: str | Path) -> Path:

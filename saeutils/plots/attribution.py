@@ -8,7 +8,15 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from saeutils.plots.images import GAP
-from saeutils.plots.style import LINES, NULL, array, colour_bar, panel_titles, styled
+from saeutils.plots.style import (
+    LINES,
+    NULL,
+    array,
+    colour_bar,
+    name_rows,
+    panel_titles,
+    styled,
+)
 
 DASHES = ("dash", "dot", "dashdot")
 
@@ -76,20 +84,8 @@ def attributions(
             yanchor="bottom",
             font_size=11,
         )
-    for i, text in enumerate(row_titles):
-        fig.add_annotation(
-            x=0,
-            xref="paper",
-            xshift=-8,
-            y=i * pitch[0] + (h - 1) / 2,
-            text=text,
-            showarrow=False,
-            xanchor="right",
-            align="right",
-            font_size=11,
-        )
-    longest = max((len(p) for t in row_titles for p in t.split("<br>")), default=0)
-    margin = dict(l=20 + 6 * longest, r=20, t=135 if subtitle else 100, b=10)
+    room = name_rows(fig, row_titles, pitch[0], h)
+    margin = dict(l=room, r=20, t=135 if subtitle else 100, b=10)
     height, width = n * pitch[0] * cell / h, (1 + len(maps)) * pitch[1] * cell / w
     size = dict(
         width=round(width) + margin["l"] + margin["r"],

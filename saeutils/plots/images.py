@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
-from saeutils.plots.style import LINES, array, colour_bar, styled
+from saeutils.plots.style import LINES, array, colour_bar, name_rows, styled
 
 GAP = 3  # image pixels between two columns
 Box = tuple[int, int, int, int]  # top, left, height, width, in pixels of the image
@@ -70,20 +70,8 @@ def image_grid(
                     y1=top + box[2],
                     line=dict(color=LINES[1], width=2),
                 )
-    for i, text in enumerate(row_titles):
-        fig.add_annotation(
-            x=0,
-            xref="paper",
-            xshift=-8,
-            y=i * pitch[0] + (h - 1) / 2,
-            text=text,
-            showarrow=False,
-            xanchor="right",
-            align="right",
-            font_size=11,
-        )
-    longest = max((len(p) for t in row_titles for p in t.split("<br>")), default=0)
-    margin = dict(l=20 + 6 * longest, r=20, t=85 if subtitle else 55, b=10)
+    room = name_rows(fig, row_titles, pitch[0], h)
+    margin = dict(l=room, r=20, t=85 if subtitle else 55, b=10)
     height, width = (round(n * zoom) for n in canvas.shape)
     styled(
         fig,

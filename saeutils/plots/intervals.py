@@ -6,7 +6,7 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from saeutils.plots.style import NULL, legend_below, panel_titles, styled
+from saeutils.plots.style import NULL, legend_below, name_lines, panel_titles, styled
 
 VERDICTS = {"better": "#009E73", "worse": "#D55E00", "unclear": NULL}
 SYMBOLS = {"better": "circle", "worse": "x", "unclear": "circle-open"}
@@ -72,14 +72,7 @@ def intervals(
             shown.add(verdict)
         fig.add_vline(x=0, line=dict(color=NULL, width=1.5, dash="dot"), **where)
         fig.update_xaxes(nticks=5, zeroline=False, **where)
-    fig.update_yaxes(
-        tickvals=list(line.values()),
-        ticktext=names,
-        range=[0.6 - len(names), 0.6],
-        automargin=True,
-        zeroline=False,
-        ticksuffix="  ",
-    )
+    name_lines(fig, line)
     styled(fig, title, subtitle, width=980, height=inner + 215)
     fig.update_layout(legend_title_text="by the interval")
     return panel_titles(legend_below(fig))

@@ -7,7 +7,15 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from saeutils.plots.style import LINES, NULL, array, legend_below, panel_titles, styled
+from saeutils.plots.style import (
+    LINES,
+    NULL,
+    array,
+    legend_below,
+    name_lines,
+    panel_titles,
+    styled,
+)
 
 SYMBOLS = ("circle", "diamond", "square", "triangle-up", "cross", "star")
 
@@ -75,14 +83,7 @@ def ladder(
         if nulls and column in nulls:
             null = dict(color=NULL, width=1.5, dash="dot")
             fig.add_vline(x=nulls[column], line=null, **where)
-    fig.update_yaxes(
-        tickvals=list(line.values()),
-        ticktext=names,
-        range=[0.6 - len(names), 0.6],
-        automargin=True,
-        zeroline=False,
-        ticksuffix="  ",
-    )
+    name_lines(fig, line)
     height = 200 + down * (60 + 26 * len(names))
     styled(fig, title, subtitle, width=980, height=height)
     return panel_titles(legend_below(fig)).update_layout(legend_title_text=group)

@@ -1,5 +1,6 @@
 """The look that all figures share, and what their functions need in common."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -61,6 +62,39 @@ def panel_titles(fig: go.Figure, size: int = 13) -> go.Figure:
     for annotation in fig.layout.annotations:
         annotation.update(text=f"<b>{annotation.text}</b>", font_size=size)
     return fig.update_layout(margin_t=115)
+
+
+def name_rows(fig: go.Figure, titles: Sequence[str], pitch: int, height: int) -> int:
+    """Titles at the left of rows of images; returns the margin that they need.
+
+    pitch, height: of a row and of the images in it, in image pixels.
+    """
+    for i, text in enumerate(titles):
+        fig.add_annotation(
+            x=0,
+            xref="paper",
+            xshift=-8,
+            y=i * pitch + (height - 1) / 2,
+            text=text,
+            showarrow=False,
+            xanchor="right",
+            align="right",
+            font_size=11,
+        )
+    longest = max((len(p) for t in titles for p in t.split("<br>")), default=0)
+    return 20 + 6 * longest
+
+
+def name_lines(fig: go.Figure, line: Mapping[str, int]) -> go.Figure:
+    """Names at the left of lines of dots; line: name -> its height, 0, −1, …"""
+    return fig.update_yaxes(
+        tickvals=list(line.values()),
+        ticktext=list(line),
+        range=[0.6 - len(line), 0.6],
+        automargin=True,
+        zeroline=False,
+        ticksuffix="  ",
+    )
 
 
 def array(x: Any) -> np.ndarray:
