@@ -34,9 +34,10 @@ def paired_differences(
         pair: columns that say which runs belong together.
 
     Returns:
-        One row a (name, column), without the baseline: runs (pairs), value (mean),
-        difference (mean), low, high, verdict: "better" or "worse" when the interval
-        leaves out 0, else "unclear" (as with less than two pairs, or NaN).
+        One row a (name, column), without the baseline: sign (+1 or −1, from `better`),
+        runs (pairs), value (mean), difference (mean), low, high, verdict: "better" or
+        "worse" when the interval leaves out 0, else "unclear" (as with less than two
+        pairs, or NaN).
 
     Raises:
         ValueError: a baseline or column that is not there, two runs of one name and
@@ -70,9 +71,9 @@ def paired_differences(
             if low > 0 or high < 0:
                 verdict = "better" if sign * mean > 0 else "worse"
             rows.append(
-                (name, column, n, part[column].mean(), mean, low, high, verdict)
+                (name, column, sign, n, part[column].mean(), mean, low, high, verdict)
             )
-    columns = ("runs", "value", "difference", "low", "high", "verdict")
+    columns = ("sign", "runs", "value", "difference", "low", "high", "verdict")
     return pd.DataFrame(rows, columns=["name", "column", *columns])
 
 

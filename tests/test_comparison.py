@@ -92,7 +92,8 @@ def test_words_and_figure_say_what_the_table_says():
         "low −0.50 ± 0.02 (better); odd +0.33 ± 3.79 (unclear)"
     )
     fig = plots.intervals(table, title="Title", subtitle="what to know")
-    assert [t.text for t in fig.layout.annotations] == ["<b>loss</b>", "<b>gain</b>"]
+    titles = [t.text for t in fig.layout.annotations]
+    assert titles == ["<b>loss (less is better)</b>", "<b>gain (more is better)</b>"]
     drawn = {(t.xaxis, t.name): (t.x, t.error_x.array) for t in fig.data}
     x, half = drawn["x", "better"]
     assert list(x) == pytest.approx([-0.5]) and half[0] == pytest.approx(0.0248, 0.01)

@@ -26,13 +26,14 @@ def intervals(
     appear.
 
     Args:
-        differences: "name", "column", "difference", "low", "high", "verdict"
-            (`comparison.paired_differences`).
+        differences: "name", "column", "sign", "value", "runs", "difference", "high",
+            "verdict" (`comparison.paired_differences`).
         columns: the scores to draw, in order; by default all.
         across: panels beside each other.
     """
     columns = list(columns or dict.fromkeys(differences["column"]))
     names = list(dict.fromkeys(differences["name"]))
+    signs = dict(zip(differences["column"], differences["sign"], strict=True))
     line = {name: -i for i, name in enumerate(names)}
     down = -(-len(columns) // across)
     gap = 70  # pixels, for the numbers of one row of panels and the titles of the next
@@ -41,7 +42,10 @@ def intervals(
         down,
         across,
         shared_yaxes=True,
-        subplot_titles=columns,
+        subplot_titles=[
+            f"{column} ({'more' if signs[column] > 0 else 'less'} is better)"
+            for column in columns
+        ],
         horizontal_spacing=0.03,
         vertical_spacing=gap / inner if down > 1 else 0,
     )
