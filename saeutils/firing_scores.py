@@ -1,11 +1,30 @@
 """Who fires when: latents against true features, counted over blocks of rows."""
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
 AUC_ENTRIES = 2**25  # codes and activations kept for AUC; beyond, rows are left out
+
+
+class FiringScores(NamedTuple):
+    """How firing agrees; the first three by feature, 0 for one without a latent."""
+
+    precision: Float[Tensor, " n"]
+    recall: Float[Tensor, " n"]
+    auc: Float[Tensor, " n"]
+    """NaN for a feature that never fired, or always."""
+    f1_latents: float
+    """Mean over latents, each against its nearest feature."""
+    l0: float
+    """Latents that fire on a row, on average."""
+    shrinkage: float
+    """Σ z‖w‖ a / Σ a² where both fire; NaN if that never happens."""
+    dead: float
+    """Share of latents that never fired."""
 
 
 class FiringCounts:
@@ -58,23 +77,23 @@ class FiringCounts:
             self._auc_rows += len(z)
             self._auc_true += fires.sum(0)
 
-    def scores(self) -> dict:
-        """precision, recall, auc of each feature, and the scalars of `Recovery`."""
+    def scores(self) -> FiringScores:
+        """Of all blocks so far, at least one."""
         match = self.match.clamp_min(0)
         tp = self.true_hits.double()
         fired = torch.where(self.match >= 0, self.fired[match], 0).double()
         latents_p = self.hits.double() / self.fired.clamp_min(1)
         latents_r = self.hits.double() / self.true[self.nearest].clamp_min(1)
         f1 = 2 * latents_p * latents_r / (latents_p + latents_r).clamp_min(1e-12)
-        return {
-            "precision": (tp / fired.clamp_min(1)).float().cpu(),
-            "recall": (tp / self.true.clamp_min(1)).float().cpu(),
-            "auc": self._auc(),
-            "f1_latents": f1.mean().item(),
-            "l0": self.fired.sum().item() / self.rows,
-            "shrinkage": self.product / self.square if self.square else float("nan"),
-            "dead": (self.fired == 0).double().mean().item(),
-        }
+        return FiringScores(
+            precision=(tp / fired.clamp_min(1)).float().cpu(),
+            recall=(tp / self.true.clamp_min(1)).float().cpu(),
+            auc=self._auc(),
+            f1_latents=f1.mean().item(),
+            l0=self.fired.sum().item() / self.rows,
+            shrinkage=self.product / self.square if self.square else float("nan"),
+            dead=(self.fired == 0).double().mean().item(),
+        )
 
     def _auc(self) -> Float[Tensor, " n"]:
         feature, score, fires = (

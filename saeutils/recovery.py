@@ -17,7 +17,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from saeutils.baselines import Dictionary
-from saeutils.firing_scores import FiringCounts
+from saeutils.firing_scores import FiringCounts, FiringScores
 from saeutils.metrics import Autoencoder, summary
 from saeutils.streaming import RunningMoments
 from saeutils.synthetic import Synthetic
@@ -165,9 +165,9 @@ def recovery(
     _, best_pairs = hungarian(cosine.abs())
     nearest = cosine.abs().argmax(1)
     between = (truth.W @ truth.W.T).fill_diagonal_(-1).amax(1)
-    scores = None
+    scores = r2 = None
     if not isinstance(candidate, Tensor):
-        scores = _firing(candidate, truth, rows, seed, match, nearest)
+        scores, r2 = _firing(candidate, truth, rows, seed, match, nearest)
     return Recovery(
         name=name or type(candidate).__name__,
         rates=truth.rates.cpu(),
@@ -178,15 +178,15 @@ def recovery(
         mmcs_latents=signed.amax(1).double().mean().item(),
         mcc=best_pairs[best_pairs > 0].double().mean().item() if len(W) else 0.0,
         uniqueness=len(nearest.unique()) / len(W),
-        precision=scores and scores["precision"],
-        recall=scores and scores["recall"],
-        auc=scores and scores["auc"],
-        f1_latents=scores and scores["f1_latents"],
-        l0=scores and scores["l0"],
+        precision=scores and scores.precision,
+        recall=scores and scores.recall,
+        auc=scores and scores.auc,
+        f1_latents=scores and scores.f1_latents,
+        l0=scores and scores.l0,
         l0_true=truth.rates.sum().item(),
-        shrinkage=scores and scores["shrinkage"],
-        r2=scores and scores["r2"],
-        dead=scores and scores["dead"],
+        shrinkage=scores and scores.shrinkage,
+        r2=r2,
+        dead=scores and scores.dead,
         n_rows=rows if scores else 0,
     )
 
@@ -270,8 +270,8 @@ def _firing(
     seed: int,
     match: Tensor,
     nearest: Tensor,
-) -> dict:
-    """One pass over fresh rows."""
+) -> tuple[FiringScores, float]:
+    """Firing, and R²: one pass over fresh rows."""
     W_norm = candidate.W_dec.detach().norm(dim=1).to(truth.W)
     counts = FiringCounts(truth.n, W_norm, match, nearest)
     moments = RunningMoments(truth.d, device=truth.device)
@@ -281,9 +281,7 @@ def _firing(
         error += (x.double() - candidate.decode(z).double()).square().sum().item()
         moments.update(x)
         counts.update(z, acts)
-    out = counts.scores()
-    out["r2"] = 1 - error / moments.scatter.sum().item()
-    return out
+    return counts.scores(), 1 - error / moments.scatter.sum().item()
 
 
 def by_group(

@@ -247,6 +247,7 @@ class Stream(Store):
         if rows < 1:
             raise ValueError(f"a stream of {rows} rows: expected at least 1")
         self.truth, self.seed, self._rows, self.d_in = truth, seed, rows, truth.d
+        self._last: tuple[int, Tensor] = -1, torch.empty(0)
 
     def __len__(self) -> int:
         return self._rows
@@ -259,9 +260,15 @@ class Stream(Store):
         numbers = index // self.truth.block
         for number in numbers.unique().tolist():
             here = numbers == number
-            x, _ = self.truth._block(number, self.seed)
+            x = self._drawn(number)
             out[here] = x[(index[here] % self.truth.block).to(x.device)]
         return out
+
+    def _drawn(self, number: int) -> Float32[Tensor, "block d_in"]:
+        """Rows of a block. The last one is kept: batches are smaller than blocks."""
+        if self._last[0] != number:
+            self._last = number, self.truth._block(number, self.seed).rows
+        return self._last[1]
 
     def _read(self, start: int, out: Float32[Tensor, "rows d_in"]) -> None:
         if len(out):
@@ -276,19 +283,40 @@ class Stream(Store):
         start: int = 0,
         rank: int = 0,
         world_size: int = 1,
-        **_,
+        shuffle: str = "full",
+        workers: int = 0,
     ) -> Iterator[Batch]:
-        """The next rows at each step; after the last row the first again."""
+        """The next rows at each step; after the last row the first again.
+
+        As `Store.batches`, but for the order: `seed` changes nothing (another stream
+        does), and no thread reads ahead, whatever `workers` says.
+
+        Raises: ValueError for numbers out of range, or shuffle "buffer".
+        """
+        if min(batch_size, world_size) < 1 or not 0 <= rank < world_size:
+            raise ValueError(
+                f"batch_size {batch_size}, rank {rank} of world_size {world_size}: "
+                "expected batch_size ≥ 1 and 0 ≤ rank < world_size"
+            )
+        if start < 0 or workers < 0 or (steps is not None and steps < 0):
+            raise ValueError(
+                f"start {start}, steps {steps}, workers {workers}: none may be negative"
+            )
+        if shuffle != "full":
+            raise ValueError(
+                f"shuffle {shuffle!r}: rows of a stream are drawn one by one, in an "
+                'order as random as any; leave it at "full"'
+            )
         stride = batch_size * world_size
-        for step in range(start, len(self) // stride if steps is None else steps):
-            first = step * stride + rank * batch_size
-            index = torch.arange(first, first + batch_size) % len(self)
-            at = int(index[0])
-            if at + batch_size <= len(self):
-                x = self.truth.rows(batch_size, seed=self.seed, start=at)
-            else:
-                x = self.gather(index)
-            yield Batch(x, index)
+        last = len(self) if steps is None else steps * stride
+        return self._batches(
+            range(start * stride + rank * batch_size, last, stride), batch_size, last
+        )
+
+    def _batches(self, firsts: range, size: int, last: int) -> Iterator[Batch]:
+        for first in firsts:
+            index = torch.arange(first, min(first + size, last)) % len(self)
+            yield Batch(self.gather(index), index)
 
     @property
     def provenance(self) -> "pd.DataFrame":

@@ -182,6 +182,27 @@ def test_a_stream_is_a_store_without_rows():
     assert torch.equal(around.rows, torch.cat([x[100:150], x[:50]]))
     with pytest.raises(IndexError):
         stream.gather([10**9])
+    whole = [b.rows for b in truth.stream(250, seed=2).batches(100)]
+    assert torch.equal(torch.cat(whole), x[:250])  # the last batch is short
+    ranks = [next(stream.batches(50, steps=1, rank=r, world_size=2)) for r in (0, 1)]
+    assert torch.equal(torch.cat([b.rows for b in ranks]), x[:100])
+
+
+@pytest.mark.parametrize(
+    "options, error, message",
+    [
+        (dict(shuffle="buffer"), ValueError, "as random as any"),
+        (dict(workers=-1), ValueError, "negative"),
+        (dict(start=-1), ValueError, "negative"),
+        (dict(rank=1), ValueError, "rank"),
+        (dict(block=5), TypeError, "block"),
+    ],
+)
+def test_a_stream_refuses_what_it_cannot_do(options, error, message):
+    """At once, not at the first batch."""
+    stream = Synthetic(SyntheticConfig(n=64, d=16, l0=4)).stream(100)
+    with pytest.raises(error, match=message):
+        stream.batches(10, **options)
 
 
 def test_training_reads_a_stream():
