@@ -48,24 +48,27 @@ class Related:
         return PairSample(Sample(x_a, acts_a), Sample(x_b, acts_b))
 
     def _second(self, acts_a: Tensor, number: int, seed: int) -> Sample:
-        """What b sees: a shared feature fires with a's as often as its rates allow.
+        """What b sees: a shared feature fires with a's as often as its law allows.
 
-        Of rates p in a and q in b: kept with probability q / p where q < p, else
-        joined by firings of its own at rate (q − p) / (1 − p).
+        Feature i fires in b where u_i < q_i, and u_i is uniform. Of a shared feature,
+        u_i < p_i exactly where it fires in a. Under a copula u_i becomes
+        Φ(√(1 − ρ) Φ⁻¹(u_i) + √ρ g), g normal and shared by its block.
         """
-        b = self.b
+        b, size = self.b, (len(acts_a), self.b.n)
         generator = keyed_generator(b.device, b.config.seed, seed, number, 7)
-        fires = b.law.draw(len(acts_a), generator)
-        p, q = self.a.rates[self.in_a], b.rates[self.in_b]
-        u = torch.rand(
-            2, len(acts_a), len(p), generator=generator, device=generator.device
-        )
+        own = dict(generator=generator, device=generator.device)
+        u = torch.rand(size, **own)
         in_a = acts_a[:, self.in_a] > 0
-        more = u[1] < ((q - p) / (1 - p)).clamp_min(0)
-        fires[:, self.in_b] = (in_a & (u[0] < q / p)) | more
-        x, acts = b._from(fires, generator)
+        p, r = self.a.rates[self.in_a], u[:, self.in_b]
+        u[:, self.in_b] = torch.where(in_a, p * r, p + (1 - p) * r)
+        if isinstance(b.law, firing.Copula):
+            g = torch.randn(size[0], int(b.law.block.max()) + 1, **own)
+            root = b.law.factor[:, 0]
+            z = (1 - root**2).sqrt() * torch.special.ndtri(u) + root * g[:, b.law.block]
+            u = torch.special.ndtr(z)
+        x, acts = b._from(u < b.rates, generator)
         if self.magnitudes == "same":
-            both = in_a & fires[:, self.in_b]
+            both = in_a & (acts[:, self.in_b] > 0)
             change = (acts_a[:, self.in_a] - acts[:, self.in_b]) * both
             acts[:, self.in_b] += change
             x = x + change @ b.W[self.in_b]
@@ -79,6 +82,7 @@ def related(
     directions: str = "rotated",
     magnitudes: str = "same",
     frequency: str | None = None,
+    correlation: int | float = 0,
     seed: int = 1,
 ) -> Related:
     """A second model of as many features, `shared` of them (rounded) the first's.
@@ -89,9 +93,13 @@ def related(
         magnitudes: same, or own: drawn independently of a's.
         frequency: rates of b by another law (`firing.rates`), dealt out at random;
             None: a shared feature keeps its rate.
-        seed: of b. Its private features fire independently.
+        correlation: of the firing in b of two features of a block of `config.group`
+            neighbours in rate, shared or private; rates are kept. Where a's features
+            fire independently; else what these have in common comes on top.
+        seed: of b.
 
-    Raises: ValueError for a share outside [0, 1], or an unknown option.
+    Raises: ValueError for a share outside [0, 1], a correlation outside [0, 1), or an
+        unknown option.
     """
     if not 0 <= shared <= 1:
         raise ValueError(f"shared {shared}: expected a share between 0 and 1")
@@ -118,7 +126,7 @@ def related(
         p = firing.rates(n, config.l0, frequency, **options)[
             torch.randperm(n, generator=generator)
         ]
-    b.law = firing.Independent(p)
+    b.law = _law(p, config.group, correlation)
     if directions != "random":
         rotation = torch.eye(truth.d)
         if directions == "rotated":
@@ -126,3 +134,13 @@ def related(
             rotation = torch.linalg.qr(noise)[0]
         b.W[in_b] = truth.W[in_a] @ rotation
     return Related(truth, b, in_a, in_b, magnitudes)
+
+
+def _law(p: Tensor, size: int, correlation: int | float) -> firing.Law:
+    if not correlation:
+        return firing.Independent(p)
+    block = torch.empty_like(p, dtype=torch.int64)
+    block[p.argsort(descending=True, stable=True)] = torch.arange(len(p)) // size
+    mean = firing.sums_by(p, block) / torch.bincount(block)
+    rho = firing.latent_correlation(mean, correlation)
+    return firing.Copula(p, rho.sqrt()[block, None], block)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from saeutils.firing import both_above
 from saeutils.related import related
 from saeutils.synth_bench import SynthBench
 from saeutils.synthetic import Synthetic, SyntheticConfig
@@ -50,7 +51,42 @@ def test_changed_frequency_and_magnitudes():
     assert torch.corrcoef(torch.stack([x, y]))[0, 1].abs() < 0.05
 
 
+def test_changed_covariance_keeps_all_but_who_fires_together():
+    """Features fire in b in blocks; with a's as often as two normals allow."""
+    truth = Synthetic(SyntheticConfig(n=64, d=32, l0=6, frequency="uniform"))
+    plain = related(truth, shared=0.5)
+    pair = related(truth, shared=0.5, correlation=0.5)
+    assert torch.equal(pair.in_a, plain.in_a) and torch.equal(pair.b.W, plain.b.W)
+    a, b = pair.sample(40_000)
+    assert torch.equal(a.rows, truth.rows(40_000))
+    fires, rates = (b.acts > 0).float(), pair.b.rates
+    error = (rates * (1 - rates) / 40_000).sqrt()
+    assert ((fires.mean(0) - rates).abs() < 4.5 * error).all()
+    c = torch.corrcoef(fires.T)
+    block = pair.b.law.block
+    tied = (block[:, None] == block) & ~torch.eye(64, dtype=torch.bool)
+    assert c[tied].mean().item() == pytest.approx(0.5, abs=0.02)
+    assert c[block[:, None] != block].abs().mean() < 0.02
+    # The same law as `firing` draws by itself, which self_check holds to the formula.
+    alone = pair.b.self_check(20_000)
+    assert alone.tied[0] == pytest.approx(0.5, abs=0.02) and alone.tied[1] < 0.02
+    together = ((a.acts[:, pair.in_a] > 0) & (b.acts[:, pair.in_b] > 0)).float().mean()
+    limit = -torch.special.ndtri(rates[pair.in_b])
+    rho = (1 - pair.b.law.factor[pair.in_b, 0] ** 2).sqrt()
+    expected = both_above(limit, limit, rho).mean().item()
+    assert together.item() == pytest.approx(expected, rel=0.03)
+    assert expected < 0.8 * rates.mean()  # fire apart more often than in `plain`
+
+
+def test_correlation_and_frequency_change_together():
+    pair = related(TRUTH, shared=1, frequency="uniform", correlation=0.3)
+    _, b = pair.sample(30_000)
+    assert ((b.acts > 0).float().mean(0) - 4 / 64).abs().max() < 0.01
+
+
 def test_refuses_a_share_beyond_one():
+    with pytest.raises(ValueError, match="0 ≤ correlation < 1"):
+        related(TRUTH, correlation=1)
     with pytest.raises(ValueError, match="between 0 and 1"):
         related(TRUTH, shared=1.5)
     with pytest.raises(ValueError, match="directions"):
