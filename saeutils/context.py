@@ -1,6 +1,6 @@
 """Where a row comes from: the text around a token, the image around a patch."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from jaxtyping import UInt8
@@ -75,3 +75,15 @@ def context(
             top, left = record["row"] * height, record["column"] * width
             box = (int(top), int(left), height, width)
     return Context(record, tokens, place, image, box)
+
+
+def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    """Each token as it reads inside a text, the blank before it included.
+
+    `tokenizer.decode([token])` alone drops that blank with some tokenizers (those of
+    SentencePiece), so each is decoded behind another token.
+    """
+    anchor = tokenizer.encode("a", add_special_tokens=False)[-1]
+    shown = len(tokenizer.decode([anchor]))
+    kinds = {i: tokenizer.decode([anchor, i])[shown:] for i in set(ids)}
+    return [kinds[i] for i in ids]

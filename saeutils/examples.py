@@ -4,7 +4,7 @@ Items are known by id, never by position: an item of many rows (patches, tokens)
 shown once, at its strongest row, and an item on which a latent is silent never is.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -77,6 +77,35 @@ class Codes:
             codes = as_codes(x) if self.sae is None else encode_sparse(self.sae, x)
             yield Firings(codes.rows + first, codes.indices.long(), codes.values)
             first += len(x)
+
+
+class StoredCodes(Codes):
+    """The same of a `codes.CodeStore`: no pass encodes again.
+
+    Args:
+        chunk: rows that are in memory at once.
+    """
+
+    def __init__(
+        self,
+        store: Any,
+        *,
+        ids: Int64[Tensor, " n"] | None = None,
+        labels: Int64[Tensor, " n"] | None = None,
+        chunk: int = 2**15,
+    ):
+        self.sae, self.store, self._chunk = None, store, chunk
+        self.d_sae = self.d_in = store.d_sae
+        self.n_rows = len(store)
+        self.ids, self.labels = self._column("id", ids), self._column("label", labels)
+        if self.ids is None:
+            self.ids = torch.arange(self.n_rows)
+
+    def __iter__(self) -> Iterator[Firings]:
+        for batch in self.store.chunks(self._chunk):
+            first = int(batch.index[0])
+            z = batch.codes
+            yield Firings(z.rows + first, z.indices.long(), z.values)
 
 
 class Examples(NamedTuple):
@@ -163,6 +192,59 @@ def top_examples(
         last = order[rank == n - 1]
         floor[latent[last]] = value[last]
     return TopExamples(codes, n, best.latent, best.value, best.row)
+
+
+class AtQuantile(NamedTuple):
+    """Items near one quantile of a latent's activations where it fires."""
+
+    quantile: float
+    values: Float32[Tensor, " m"]
+    rows: Int64[Tensor, " m"]
+    """Their numbers in the store."""
+
+
+def at_quantiles(
+    store: Any,
+    latent: int,
+    quantiles: Sequence[int | float] = (1, 0.9, 0.5, 0.1),
+    n: int = 3,
+) -> list[AtQuantile]:
+    """The n rows next to each quantile of the activations, a story (image) once in all.
+
+    What excites a latent most is often not what it mostly fires on. Rows are ranked by
+    activation, equal ones by id and position, so that their order does not matter; of
+    two as near to the quantile the weaker one comes first. Fewer than n where the
+    stories run out. At quantile 1 the strongest comes first.
+
+    Args:
+        store: a `codes.CodeStore`.
+
+    Raises ValueError for a quantile beyond [0, 1], n below 1, or a latent that never
+    fires; IndexError for one that is not there.
+    """
+    if n < 1 or not all(0 <= q <= 1 for q in quantiles):
+        raise ValueError(f"n {n} and quantiles {tuple(quantiles)}: n ≥ 1, 0 ≤ q ≤ 1")
+    rows, values = (part.numpy() for part in store.column(latent))
+    rows, values = rows[values > 0], values[values > 0]
+    if not len(rows):
+        raise ValueError(f"latent {latent} never fires here: it has no quantiles")
+    records = store.provenance
+    item = records["id"].to_numpy()[rows] if "id" in records else rows
+    place = records["position"].to_numpy()[rows] if "position" in records else rows
+    order = np.lexsort((place, item, values))
+    found, used = [], set()
+    for q in quantiles:
+        distance = abs(np.arange(len(order)) - q * (len(order) - 1))
+        near: list[int] = []
+        for entry in order[np.argsort(distance, kind="stable")].tolist():
+            if len(near) == n:
+                break
+            if item[entry] not in used:
+                near.append(entry)
+                used.add(item[entry])
+        kept = torch.from_numpy(values[near]), torch.from_numpy(rows[near])
+        found.append(AtQuantile(float(q), *kept))
+    return found
 
 
 @dataclass(frozen=True, eq=False)

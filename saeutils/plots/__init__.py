@@ -16,6 +16,7 @@ from saeutils.plots.language import (
     effects,
     highlighted,
 )
+from saeutils.plots.latents import concept_scores, contexts, latent_profiles
 from saeutils.plots.maps import cosine_histogram, cosine_map, pca_map
 from saeutils.plots.panels import image_panels
 from saeutils.plots.probing import by_class, point_maps, sparse_probes
@@ -40,6 +41,8 @@ __all__ = [
     "attributions",
     "by_class",
     "class_profile",
+    "concept_scores",
+    "contexts",
     "cosine_histogram",
     "cosine_map",
     "cumulative",
@@ -53,6 +56,7 @@ __all__ = [
     "image_panels",
     "intervals",
     "ladder",
+    "latent_profiles",
     "loss_curves",
     "pca_map",
     "phase_diagram",

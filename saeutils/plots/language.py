@@ -18,7 +18,7 @@ from saeutils.plots.style import (
     styled,
 )
 
-_SCALE = ["#FFFFFF", "#FDD49E", "#EF6548"]
+GROUND = ["#FFFFFF", "#FDD49E", "#EF6548"]  # of a token, by its value
 _CHARACTER, _LINE = 7.9, 21  # pixels of a monospaced character of 13 pixels
 
 
@@ -53,7 +53,7 @@ def highlighted(
             if x + len(text) > columns:
                 y, x = y + 1, 0
             if np.isfinite(value) and value > 0:
-                colour = sample_colorscale(_SCALE, min(float(value) / high, 1.0))[0]
+                colour = sample_colorscale(GROUND, min(float(value) / high, 1.0))[0]
                 fig.add_shape(
                     type="rect",
                     x0=x,
@@ -66,8 +66,8 @@ def highlighted(
                 )
             xs.append(x)
             ys.append(y)
-            shown.append(_escaped(text))
-            hovers.append(f"{_escaped(text)}: {value:.2f} {unit}")
+            shown.append(escaped(text))
+            hovers.append(f"{escaped(text)}: {value:.2f} {unit}")
             x += len(text)
             if "\n" in token:
                 y, x = y + 1, 0
@@ -88,7 +88,7 @@ def highlighted(
         y=[None],
         mode="markers",
         marker=dict(
-            colorscale=_SCALE,
+            colorscale=GROUND,
             cmin=0,
             cmax=high,
             color=[0],
@@ -104,7 +104,7 @@ def highlighted(
     return fig.update_layout(margin=dict(l=20, b=15))
 
 
-def _escaped(text: str) -> str:
+def escaped(text: str) -> str:
     """As plotly shows it: its mark-up off, blanks at the ends kept."""
     text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return text.replace(" ", "\u00a0")

@@ -1,0 +1,267 @@
+"""Automatic labels of latents, and how well they tell where a latent fires.
+
+A label says on which rows a latent should fire: on some tokens, after some tokens, or
+on a concept. It is chosen for its F1 on some stories and judged on others: `count` →
+`automatic_labels` → `judge`, with `deal` for the null.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Int
+
+from saeutils import grammar
+from saeutils.detection import Member, Scores, Units, agreement
+from saeutils.firing_scores import sparse_auc
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from saeutils.stories import Tokens
+
+CONCEPT = "concept"  # the kind of a label that is one concept
+Properties = Mapping[str, Int[np.ndarray, " rows"]]
+
+
+class Counts(NamedTuple):
+    """How often latents fire on what; the order of rows does not matter."""
+
+    fires: Int[np.ndarray, " d_sae"]
+    """Rows on which each latent fires."""
+    rows: dict[str, Int[np.ndarray, " categories"]]
+    """Kind -> rows of each category: of each concept, of each token."""
+    hits: dict[str, Any]
+    """Kind -> CSC (categories, d_sae): rows of the category on which it fires."""
+
+
+class Label(NamedTuple):
+    """Where a latent is said to fire."""
+
+    latent: int
+    kind: str
+    """"concept", or the name of a property, as "on" or "after"."""
+    values: tuple[int, ...]
+    """The concept, or the categories (tokens), most telling first."""
+    f1: float
+    """On the rows where it was chosen."""
+
+    def text(self, concepts: Sequence[str], word: Callable[[int], str]) -> str:
+        """In words; word: a category's name, as a token's text."""
+        if self.kind == CONCEPT:
+            return f"{CONCEPT} {concepts[self.values[0]]}"
+        return f"{self.kind} " + ", ".join(f"“{word(v)}”" for v in self.values)
+
+
+def row_concepts(
+    records: "pd.DataFrame", coded: "Tokens", names: Sequence[str], *, seed: int = 0
+) -> Member:
+    """The concepts of each row of activations of grammar stories, by id and position.
+
+    Args:
+        records: provenance of the rows (id, position).
+        coded: the tokens of the stories that the model was given, not packed.
+        seed: of the grammar's corpus.
+
+    Raises ValueError for a row of a story that is not among them.
+    """
+    spans = dict(zip(coded.documents.tolist(), coded.spans, strict=True))
+    ids, which = np.unique(records["id"].to_numpy(), return_inverse=True)
+    if unknown := set(ids.tolist()) - spans.keys():
+        raise ValueError(f"story {min(unknown)} is not among the {len(spans)} given")
+    position = records["position"].to_numpy()
+    member = np.zeros((len(records), len(names)), bool)
+    order = np.argsort(which, kind="stable")
+    for i, rows in zip(ids.tolist(), np.split(order, _ends(which)), strict=True):
+        carried = grammar.token_concepts(grammar.story(seed, i), spans[i], names)
+        member[rows] = carried[position[rows]]
+    return member
+
+
+def _ends(which: np.ndarray) -> np.ndarray:
+    return np.cumsum(np.bincount(which))[:-1]
+
+
+def row_before(records: "pd.DataFrame") -> Int[np.ndarray, " rows"]:
+    """The row of the token before each row's own in its story; −1 where none is."""
+    keys = records[["id", "position"]]
+    before = keys.assign(position=keys["position"] + 1, row=np.arange(len(keys)))
+    joined = keys.merge(before, on=["id", "position"], how="left")
+    return joined["row"].fillna(-1).to_numpy().astype(np.int64)
+
+
+def count(units: Units, member: Member, properties: Properties) -> Counts:
+    """One pass over what fires.
+
+    Args:
+        member: which rows carry which concept.
+        properties: kind -> category of each row, −1 for none, as {"on": token,
+            "after": token before}.
+
+    Raises ValueError when either has another number of rows.
+    """
+    from scipy.sparse import csc_matrix, csr_matrix
+
+    _checked(units, member, properties)
+    d, fires = units.d_sae, np.zeros(units.d_sae, np.int64)
+    sizes = {kind: int(ids.max()) + 1 for kind, ids in properties.items()}
+    rows = {k: _sizes(ids, sizes[k]) for k, ids in properties.items()}
+    hits = {kind: csr_matrix((n, d), dtype=np.int64) for kind, n in sizes.items()}
+    concepts = np.zeros((member.shape[1], d), np.int64)
+    for row, latent, value in units:
+        row, latent = row[value > 0].numpy(), latent[value > 0].numpy()
+        if not len(row):
+            continue
+        one = np.ones(len(row), np.int64)
+        fires += np.bincount(latent, minlength=d)
+        for kind, ids in properties.items():
+            known = ids[row] >= 0
+            at = ids[row[known]], latent[known]
+            hits[kind] += csr_matrix((one[known], at), shape=(sizes[kind], d))
+        first, last = row[0], row[-1] + 1
+        here = csr_matrix((one, (row - first, latent)), shape=(last - first, d))
+        concepts += (csr_matrix(member[first:last].T.astype(np.int64)) @ here).toarray()
+    rows, hits = {CONCEPT: member.sum(0), **rows}, {CONCEPT: concepts, **hits}
+    return Counts(fires, rows, {kind: csc_matrix(h) for kind, h in hits.items()})
+
+
+def automatic_labels(
+    counts: Counts,
+    *,
+    kinds: Sequence[str] = (),
+    least: int = 20,
+    most: int = 8,
+) -> list[Label]:
+    """The label with the largest F1 for each latent that fires on `least` rows.
+
+    A concept label is one concept. A label of another kind names categories: of the
+    `most` on which the latent fires most often, those that, taken in order of the
+    share of their rows on which it fires, give the largest F1.
+
+    Args:
+        kinds: those allowed; default: all that were counted.
+
+    Raises ValueError for a kind that was not counted, least or most below 1.
+    """
+    kinds = list(kinds or counts.hits)
+    if unknown := set(kinds) - counts.hits.keys():
+        raise ValueError(f"kinds {sorted(unknown)} are none of {list(counts.hits)}")
+    if least < 1 or most < 1:
+        raise ValueError(f"least {least} and most {most} must be at least 1")
+    labels = []
+    for latent in np.flatnonzero(counts.fires >= least).tolist():
+        best = [_best(counts, kind, latent, most) for kind in kinds]
+        labels.append(max(best, key=lambda label: label.f1))
+    return labels
+
+
+def _best(counts: Counts, kind: str, latent: int, most: int) -> Label:
+    hits, fires = counts.hits[kind], counts.fires[latent]
+    part = slice(*hits.indptr[latent : latent + 2])
+    category, n = hits.indices[part], hits.data[part]
+    if not len(category):  # it fires on no concept
+        return Label(latent, kind, (0,), 0.0)
+    size = counts.rows[kind][category]
+    if kind == CONCEPT:
+        f1 = 2 * n / (fires + size)
+        i = np.lexsort((category, -f1))[0]
+        return Label(latent, kind, (int(category[i]),), float(f1[i]))
+    often = np.lexsort((category, -n))[:most]
+    order = often[np.lexsort((category[often], -n[often], -n[often] / size[often]))]
+    f1 = 2 * n[order].cumsum() / (fires + size[order].cumsum())
+    taken = order[: int(f1.argmax()) + 1]
+    return Label(latent, kind, tuple(category[taken].tolist()), float(f1.max()))
+
+
+def judge(
+    units: Units,
+    member: Member,
+    properties: Properties,
+    labels: Sequence[Label],
+    latents: Sequence[int] | None = None,
+) -> Scores:
+    """Does the latent fire where its label says? Of each label, in one pass.
+
+    Precision is the share of its firings that the label covers, recall the share of
+    the label's rows on which it fires; AUC compares activations on the label's rows
+    with those elsewhere. NaN for a label that covers no row.
+
+    Args:
+        latents: judged instead of those that the labels were made for (see `deal`);
+            each at most once.
+
+    Raises ValueError when rows differ in number, or a latent comes twice.
+    """
+    from scipy.sparse import csr_matrix
+
+    _checked(units, member, properties)
+    latents = np.array([x.latent for x in labels] if latents is None else latents)
+    if len(latents) != len(labels) or len(np.unique(latents)) != len(latents):
+        raise ValueError(f"{len(labels)} labels need as many latents, each once")
+    place = np.full(units.d_sae, -1)
+    place[latents] = np.arange(len(labels))
+    ids = {**properties, CONCEPT: None}
+    sizes = {k: member.shape[1] if v is None else v.max() + 1 for k, v in ids.items()}
+    true, covers = np.zeros(len(labels), np.int64), {}
+    for kind, size in sizes.items():
+        pairs = [
+            (i, v)
+            for i, x in enumerate(labels)
+            if x.kind == kind
+            for v in x.values
+            if v < size  # a token that does not occur here covers no row
+        ]
+        i, v = np.array(pairs, np.int64).reshape(-1, 2).T
+        covers[kind] = csr_matrix(
+            (np.ones(len(i), bool), (i, v)), shape=(len(labels), size)
+        )
+        n = member.sum(0) if kind == CONCEPT else _sizes(ids[kind], size)
+        true += covers[kind].astype(np.int64) @ n
+    kind_of = np.array([list(sizes).index(x.kind) for x in labels])
+    concept = np.array([x.values[0] if x.kind == CONCEPT else 0 for x in labels])
+    kept: list[tuple[np.ndarray, ...]] = [(np.zeros(0, int), np.zeros(0), true[:0] > 0)]
+    for row, latent, value in units:
+        i = place[latent.numpy()]
+        keep = (i >= 0) & (value.numpy() > 0)
+        i, row, value = i[keep], row.numpy()[keep], value.numpy()[keep]
+        yes = np.zeros(len(i), bool)
+        for number, kind in enumerate(sizes):
+            own = kind_of[i] == number
+            if kind == CONCEPT:
+                yes[own] = member[row[own], concept[i[own]]]
+            else:
+                own &= ids[kind][row] >= 0
+                if own.any():
+                    found = covers[kind][i[own], ids[kind][row[own]]]
+                    yes[own] = np.asarray(found).ravel()
+        kept.append((i, value, yes))
+    i, value, yes = (np.concatenate(part) for part in zip(*kept, strict=True))
+    said = np.bincount(i, minlength=len(labels))
+    hits = np.bincount(i, yes, len(labels))
+    above = sparse_auc(i, value, yes, true, units.n_rows)
+    silent, rest = true - hits, units.n_rows - true - (said - hits)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        ties = silent * rest / 2 / (true * (units.n_rows - true))
+    return Scores(*agreement(hits, said, true), above + ties)
+
+
+def deal(labels: Sequence[Label], *, seed: int = 0) -> Int[np.ndarray, " labels"]:
+    """The null: each label goes to the latent of another, by one random cycle."""
+    latents = np.array([x.latent for x in labels])
+    cycle = np.random.default_rng(seed).permutation(len(latents))
+    dealt = np.empty_like(latents)
+    dealt[cycle] = latents[np.roll(cycle, 1)]
+    return dealt
+
+
+def _sizes(ids: Int[np.ndarray, " rows"], n: int) -> Int[np.ndarray, " n"]:
+    return np.bincount(ids[ids >= 0], minlength=n)
+
+
+def _checked(units: Units, member: Bool[np.ndarray, "n c"], given: Properties) -> None:
+    numbers = {"labels": len(member), **{k: len(v) for k, v in given.items()}}
+    for name, n in numbers.items():
+        if n != units.n_rows:
+            raise ValueError(f"{units.n_rows} rows of activations, {n} of {name!r}")
+    if CONCEPT in given:
+        raise ValueError(f"a property cannot be called {CONCEPT!r}")
