@@ -34,8 +34,10 @@ from saeutils.plots.scores import (
     scorecard_table,
 )
 from saeutils.plots.style import styled
+from saeutils.plots.two_models import against_truth, misreadings
 
 __all__ = [
+    "against_truth",
     "agreement",
     "attention_patterns",
     "attributions",
@@ -58,6 +60,7 @@ __all__ = [
     "ladder",
     "latent_profiles",
     "loss_curves",
+    "misreadings",
     "pca_map",
     "phase_diagram",
     "point_maps",
