@@ -6,7 +6,7 @@ Its hook points have transformer_lens' names (`model.hook_dict`), as
 "blocks.0.hook_mlp_out" or "blocks.1.hook_resid_post".
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -110,7 +110,7 @@ def check_tokens(model: nn.Module, ids: Int64[Tensor, "n context"]) -> None:
 
 def generate(
     model: nn.Module,
-    prompt: str = "Once upon a time",
+    prompt: str | Sequence[str] = "Once upon a time",
     *,
     n: int = 3,
     length: int = 100,
@@ -119,39 +119,83 @@ def generate(
     seed: int = 0,
     edits: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
 ) -> list[str]:
-    """n continuations of the prompt, each until the story ends or `length` tokens.
+    """n continuations of each prompt, until the story ends or `length` tokens.
 
     Args:
+        prompt: one, or several; the n stories of each follow those of the one before.
         temperature: 0 takes the likeliest token; else one is drawn among the `top`
             likeliest, by `seed` alone.
-        edits: hook -> what replaces its activations meanwhile.
+        edits: hook -> what replaces its activations meanwhile (see `interventions`).
 
-    Raises ValueError when prompt and continuation exceed the context.
+    Raises ValueError when a prompt and its continuation exceed the context.
     """
     tokenizer = model.tokenizer
-    start = [_first(tokenizer), *tokenizer.encode(prompt, add_special_tokens=False)]
-    if len(start) + length > model.cfg.n_ctx:
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    coded = tokenizer(prompts, add_special_tokens=False)["input_ids"]
+    starts = [[first_token(tokenizer), *ids] for ids in coded for _ in range(n)]
+    ends = {tokenizer.bos_token_id, tokenizer.eos_token_id}
+    told = dict.fromkeys(range(len(starts)), "")
+    for size in sorted({len(ids) for ids in starts}):  # equal lengths need no padding
+        some = [i for i, ids in enumerate(starts) if len(ids) == size]
+        rows = continued(
+            model,
+            torch.tensor([starts[i] for i in some]),
+            length,
+            temperature=temperature,
+            top=top,
+            seed=seed,
+            edits=edits,
+        )
+        for i, row in zip(some, rows[:, 1:].tolist(), strict=True):
+            told[i] = _story(tokenizer, row, ends)
+    return list(told.values())
+
+
+def continued(
+    model: nn.Module,
+    ids: Int64[Tensor, "n prompt"],
+    length: int,
+    *,
+    temperature: int | float = 0.8,
+    top: int = 40,
+    seed: int = 0,
+    edits: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
+) -> Int64[Tensor, "n longer"]:
+    """The rows with `length` more tokens each, drawn as `generate` does.
+
+    Keys and values are kept from token to token, unless an edit needs to see the whole
+    text every time: any that does not call itself `pointwise`, as the edits of
+    `interventions` do that treat all positions alike.
+
+    Raises ValueError for tokens that the model does not know, or too long a row.
+    """
+    check_tokens(model, ids)
+    if ids.shape[1] + length > model.cfg.n_ctx:
         raise ValueError(
-            f"a prompt of {len(start)} tokens and {length} more: the model sees "
+            f"a prompt of {ids.shape[1]} tokens and {length} more: the model sees "
             f"{model.cfg.n_ctx}"
         )
-    device = next(model.parameters()).device
-    generator = torch.Generator().manual_seed(seed)
-    rows = torch.tensor([start] * n)
-    ends = {tokenizer.bos_token_id, tokenizer.eos_token_id}
+    edits = edits or {}
+    keep = all(getattr(edit, "pointwise", False) for edit in edits.values())
+    generator, kept = torch.Generator().manual_seed(seed), None
+    rows = ids.to(next(model.parameters()).device)
     with evaluation_mode(model), ExitStack() as stack:
-        for hook, edit in (edits or {}).items():
+        for hook, edit in edits.items():
             stack.enter_context(edited(model, hook, edit))
         for _ in range(length):
-            logits = model(rows.to(device))[:, -1].float().cpu()
+            seen = rows if kept is None else rows[:, -1:]
+            # The wrapped model runs the same modules, hooks and all.
+            out = model.original_model(seen, past_key_values=kept, use_cache=keep)
+            kept = out.past_key_values if keep else None
+            logits = out.logits[:, -1].float().cpu()
             values, place = logits.topk(1 if temperature == 0 else top)
             p = (values / (temperature or 1)).softmax(-1)
             drawn = torch.multinomial(p, 1, generator=generator)
-            rows = torch.cat([rows, place.gather(1, drawn)], 1)
-    return [_story(tokenizer, row[1:], ends) for row in rows.tolist()]
+            rows = torch.cat([rows, place.gather(1, drawn).to(rows)], 1)
+    return rows.cpu()
 
 
-def _first(tokenizer: Any) -> int:
+def first_token(tokenizer: Any) -> int:
     """The token that begins a story."""
     bos = tokenizer.bos_token_id
     return tokenizer.eos_token_id if bos is None else bos

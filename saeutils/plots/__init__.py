@@ -9,6 +9,13 @@ from saeutils.plots.attribution import agreement, attributions, removal_curves
 from saeutils.plots.cards import feature_card
 from saeutils.plots.images import image_grid, reconstructions, top_images
 from saeutils.plots.intervals import intervals
+from saeutils.plots.interventions import (
+    before_after,
+    moved_points,
+    ranges,
+    shifted_tokens,
+    success_rates,
+)
 from saeutils.plots.ladder import ladder
 from saeutils.plots.language import (
     attention_patterns,
@@ -41,6 +48,7 @@ __all__ = [
     "agreement",
     "attention_patterns",
     "attributions",
+    "before_after",
     "by_class",
     "class_profile",
     "concept_scores",
@@ -61,15 +69,19 @@ __all__ = [
     "latent_profiles",
     "loss_curves",
     "misreadings",
+    "moved_points",
     "pca_map",
     "phase_diagram",
     "point_maps",
+    "ranges",
     "reconstructions",
     "recovery_by_rate",
     "removal_curves",
     "score_against_score",
     "scorecard_table",
+    "shifted_tokens",
     "sparse_probes",
     "styled",
+    "success_rates",
     "top_images",
 ]
