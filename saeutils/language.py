@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from saeutils.models import evaluate, evaluation_mode, hook_point
@@ -47,6 +47,20 @@ def next_tokens(model: nn.Module, tokens: Tokens) -> Pair:
         length = sum(stop > start for start, stop in spans)
         labels[row, length + 1 :] = IGNORED
     return ids, labels
+
+
+def story_positions(tokens: Tokens) -> Bool[Tensor, "n context"]:
+    """Where a token of a story stands: not BOS, not padding.
+
+    The positions that `save_activations` makes rows of, and so those at which an SAE
+    belongs: `where` of `splicing.in_model` and `metrics.scorecard`.
+    """
+    ids = torch.from_numpy(tokens.ids)
+    if not tokens.spans:  # packed: no padding, and the first row begins with BOS
+        return ids != ids[0, 0]
+    lengths = [sum(b > a for a, b in spans) for spans in tokens.spans]
+    place = torch.arange(ids.shape[1])
+    return (place >= 1) & (place <= torch.tensor(lengths)[:, None])
 
 
 def loss_by_token(

@@ -5,18 +5,18 @@ Sums over rows are float64, so a number does not depend on how the rows were bat
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import permutations
 from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float64, Int64
+from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor, nn
 
 from saeutils.datasets import ImageData
-from saeutils.splicing import InModel, in_model
+from saeutils.splicing import InModel, in_model, in_models
 from saeutils.store import as_store
 from saeutils.streaming import (
     BUDGET,
@@ -33,6 +33,11 @@ if TYPE_CHECKING:
 KEY_COLUMNS = (
     *("name", "FVU", "L0", "dead %", "rare %", "dense > 10 %", "init-cosine"),
     *("Δ accuracy (points)", "CE recovered, mean-abl.", "of nats (mean)"),
+)
+TEXT_COLUMNS = (  # of language models
+    *("name", "FVU", "L0", "dead %", "rare %", "dense > 10 %", "init-cosine"),
+    *("Δ CE (nats)", "KL (nats)", "CE recovered, mean-abl.", "of nats (mean)"),
+    *("CE recovered, zero-abl.", "of nats (zero)"),
 )
 RARE, DENSE, VERY_DENSE = 1e-3, 1e-2, 1e-1  # firing rates
 BIN = 0.25  # of a decade, of the density histogram
@@ -143,6 +148,7 @@ class Scorecard:
                 "accuracy %": 100 * m.spliced.accuracy,
                 "Δ accuracy (points)": 100 * m.delta_accuracy,
                 "Δ CE (nats)": m.delta_cross_entropy,
+                "KL (nats)": m.kl,
                 "CE recovered, mean-abl.": mean.share,
                 "of nats (mean)": mean.denominator,
                 "CE recovered, zero-abl.": zero.share,
@@ -166,6 +172,7 @@ def scorecard(
     model: nn.Module | None = None,
     hook: str | None = None,
     data: ImageData | tuple[Tensor, Tensor] | None = None,
+    where: Bool[Tensor, "n positions"] | None = None,
     budget: int = BUDGET,
 ) -> Scorecard:
     """Score `sae` in one pass over `rows`.
@@ -175,8 +182,8 @@ def scorecard(
         eval_set: what the rows are, in words ("MNIST train"); "dead" means nothing
             without it, since 10,000 rows leave far more latents silent than 60,000.
         init: W_dec as it was before training, for `init_cosine`.
-        model, data: when given, the reconstruction is also spliced into `model` on
-            `data`, at `hook`, which defaults to the store's; see `in_model`.
+        model, data, where: when given, the reconstruction is also spliced into `model`
+            on `data`, at `hook`, which defaults to the store's; see `in_model`.
         budget: bytes of the (chunk, d_sae) codes held at a time. `encode` itself may
             need a few times as much, and so do codes that are not sparse.
 
@@ -219,7 +226,8 @@ def scorecard(
     constant = (energy - total.square().sum() / n) <= 1e-9 * energy
     spliced = None
     if model is not None:
-        spliced = in_model(model, hook, _reconstruction(sae, size), data)
+        reconstruct = _reconstruction(sae, size)
+        spliced = in_model(model, hook, reconstruct, data, where=where)
     return Scorecard(
         name=name or type(sae).__name__,
         eval_set=eval_set,
@@ -235,6 +243,38 @@ def scorecard(
         alarm=_alarm(fvu, l0, n > 1 and bool(constant)) if d_sae else "",
         in_model=spliced,
     )
+
+
+def scorecards(
+    saes: Mapping[str, Autoencoder],
+    rows: Rows,
+    *,
+    model: nn.Module,
+    data: ImageData | tuple[Tensor, Tensor],
+    eval_set: str,
+    hook: str | None = None,
+    init: Mapping[str, Float[Tensor, "d_sae d_in"]] | None = None,
+    where: Bool[Tensor, "n positions"] | None = None,
+    budget: int = BUDGET,
+) -> list[Scorecard]:
+    """`scorecard` of each by its name, of `init` too; the model runs without an edit,
+    and ablated, only once. Arguments and errors are those of `scorecard`."""
+    store = as_store(rows)
+    if not saes or (hook := hook or store.hook) is None:
+        raise ValueError(
+            f"{len(saes)} autoencoders, hook {hook!r}: name a hook, as the rows do not "
+            "know theirs, and at least one autoencoder"
+        )
+    init, common = init or {}, dict(eval_set=eval_set, budget=budget)
+    cards = [
+        scorecard(sae, store, name=name, init=init.get(name), **common)
+        for name, sae in saes.items()
+    ]
+    widest = max(max(len(sae.W_dec), 2 * store.d_in) for sae in saes.values())
+    size = rows_within(budget, widest)
+    edits = {name: _reconstruction(sae, size) for name, sae in saes.items()}
+    spliced = in_models(model, hook, edits, data, where=where)
+    return [replace(card, in_model=spliced[card.name]) for card in cards]
 
 
 def _ratio(error: float, variation: float) -> float:
