@@ -1,6 +1,6 @@
 """What scores between two models say, where the true answer is known."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -112,46 +112,47 @@ def against_truth(
 
 
 def misreadings(
-    panels: Mapping[str, Any],
-    truth: Sequence[float],
+    panels: Mapping[str, tuple[Any, float]],
     *,
     title: str,
     subtitle: str = "",
 ) -> go.Figure:
-    """Heat maps of score − truth, one a panel; the score itself stands in the cell.
+    """Heat maps of score − truth, one below the other; the score stands in the cell.
 
     Args:
-        panels: title -> frame of scores: a line an index, a column a score.
-        truth: what the scores of each line ought to be.
+        panels: title -> (frame of scores, an index a line and a column a score; what
+            all of them ought to be). NaN: nothing is drawn.
     """
-    names = list(panels)
-    first = panels[names[0]]
+    lines = [len(frame) for frame, _ in panels.values()]
+    gap = 40  # pixels, for the title of a panel
+    inner = 24 * sum(lines) + gap * (len(lines) - 1)
     fig = make_subplots(
-        1,
         len(panels),
-        shared_yaxes=True,
-        subplot_titles=names,
-        horizontal_spacing=0.02,
+        1,
+        shared_xaxes=True,
+        subplot_titles=list(panels),
+        row_heights=lines,
+        vertical_spacing=gap / inner if len(panels) > 1 else 0,
     )
-    for i, frame in enumerate(panels.values()):
+    for i, (frame, truth) in enumerate(panels.values()):
         values = array(frame.to_numpy(float))
         fig.add_heatmap(
-            z=values - np.asarray(truth)[:, None],
+            z=values - truth,
             x=list(frame.columns),
             y=list(frame.index),
-            text=[[f"{v:.2f}" if np.isfinite(v) else "–" for v in r] for r in values],
+            text=[[f"{v:.2f}" if np.isfinite(v) else "" for v in r] for r in values],
             texttemplate="%{text}",
             textfont_size=11,
             coloraxis="coloraxis",
             hovertemplate="%{y}, %{x}: %{text}<extra></extra>",
-            row=1,
-            col=i + 1,
+            row=i + 1,
+            col=1,
         )
     scale = dict(cmin=-0.5, cmax=0.5, colorscale="RdBu", reversescale=True)
-    bar = colour_bar("says too<br>much by", len=0.8)
+    bar = colour_bar("says too<br>much by", lenmode="pixels", len=260)
     fig.update_layout(coloraxis=dict(colorbar=bar, **scale))
-    fig.update_yaxes(autorange="reversed", automargin=True, ticksuffix="  ")
-    fig.update_xaxes(tickangle=-60, showgrid=False)
-    height = 250 + 30 * len(first.index)
-    styled(fig, title, subtitle, width=1000, height=height)
-    return panel_titles(fig).update_layout(margin_b=110)
+    ticks = dict(ticksuffix="  ", tickfont_size=11, showgrid=False)
+    fig.update_yaxes(autorange="reversed", automargin=True, **ticks)
+    fig.update_xaxes(tickangle=-30, showgrid=False)
+    styled(fig, title, subtitle, width=900, height=inner + 200)
+    return panel_titles(fig).update_layout(margin_b=85)
