@@ -56,7 +56,7 @@ def against_truth(
     for i, score in enumerate(scores):
         where = dict(row=i // across + 1, col=i % across + 1)
         once = dict(showlegend=i == 0)
-        low, high = np.nanmin(array(nulls[score])), np.nanmax(array(nulls[score]))
+        low, high = nulls[score].min(), nulls[score].max()  # of those that are not NaN
         band = dict(mode="lines", line_width=0, legendgroup="null", hoverinfo="skip")
         fig.add_scatter(x=[0, 1], y=[low, low], showlegend=False, **band, **where)
         fill = dict(fill="tonexty", fillcolor="rgba(138,138,138,0.4)")
