@@ -1,12 +1,14 @@
 """Is a latent about the token it stands on, or about more? All latents at once."""
 
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Float64, Int, Int64
 from torch import Tensor
 
+from saeutils.context import token_texts
 from saeutils.examples import Codes, top_examples
 from saeutils.metrics import Autoencoder
 from saeutils.store import as_store
@@ -158,3 +160,31 @@ def error_by_group(
     }
     kept = (count > 0).numpy()
     return pd.DataFrame({name: value.numpy()[kept] for name, value in frame.items()})
+
+
+def in_context(
+    codes: Codes,
+    latents: Sequence[int],
+    tokenizer: Any,
+    *,
+    n: int = 2,
+    before: int = 12,
+    after: int = 5,
+) -> dict[str, tuple[list[str], np.ndarray]]:
+    """The text around the strongest rows of latents, as `plots.highlighted` takes it.
+
+    Returns: "latent 7, story 12" -> tokens as text, activation on each; the n strongest
+    stories of each latent. Latents that never fire are left out.
+    """
+    top, texts = top_examples(codes, n, latents=latents), {}
+    for latent in latents:
+        for row in top[latent].rows.tolist():
+            near = codes.store.context(row, before, after)
+            first = row - near.place
+            x = codes.store[first : first + len(near.tokens)]
+            with torch.no_grad():
+                z = x if codes.sae is None else codes.sae.encode(x)
+            name = f"latent {latent}, story {near.record['id']}"
+            words = token_texts(tokenizer, near.tokens)
+            texts[name] = words, z[:, latent].numpy()
+    return texts
