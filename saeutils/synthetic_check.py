@@ -13,6 +13,8 @@ from torch import Tensor
 
 from saeutils.firing import phi
 
+VARIANCE_PAIRS = 2**18  # pairs of features that the variance of L0 is taken from
+
 
 @dataclass(frozen=True)
 class Check:
@@ -22,6 +24,9 @@ class Check:
     l0_target: float
     l0: float
     """Mean number of features that fire on a row."""
+    l0_sd: tuple[float, float]
+    """Standard deviation of that number: asked for (√ΣΣ cov, of a sample of the pairs
+    where there are more than `VARIANCE_PAIRS`), and achieved."""
     l0_quantiles: tuple[float, float, float]
     """0.05, 0.5, 0.95 of the number that fires."""
     rate_z: float
@@ -36,6 +41,9 @@ class Check:
     asked for."""
     untied: float
     """Mean |achieved − asked-for| correlation of as many pairs at random."""
+    pair_z: float
+    """Largest deviation, in standard errors, of the number of rows on which two
+    features fire together from that asked for, over all these pairs."""
     repeated: float
     """Share of rows whose active set is that of the row before."""
     repeated_expected: float
@@ -51,17 +59,18 @@ class Check:
         return self.l0 / self.l0_target - 1
 
     def __str__(self) -> str:
-        low, middle, high = self.l0_quantiles
+        spread = ", ".join(f"{q:.0f}" for q in self.l0_quantiles)
         return "\n".join(
             [
                 f"self-check over {self.rows:,} rows",
                 f"  L0           {self.l0:.3f}, asked for {self.l0_target:.3f} "
-                f"({self.l0_error:+.2%}); 5, 50, 95 %: {low:.0f}, {middle:.0f}, "
-                f"{high:.0f}",
+                f"({self.l0_error:+.2%}); sd {self.l0_sd[1]:.2f}, asked for "
+                f"{self.l0_sd[0]:.2f}; 5, 50, 95 %: {spread}",
                 f"  rates        largest deviation {self.rate_z:.1f} standard errors; "
                 f"unused {self.unused}, saturated {self.saturated}",
                 f"  correlation  of tied pairs {self.tied[0]:+.3f}, off by at most "
-                f"{self.tied[1]:.3f}; of others off by {self.untied:.4f}",
+                f"{self.tied[1]:.3f}; of others off by {self.untied:.4f}; largest "
+                f"deviation of a pair {self.pair_z:.1f} standard errors",
                 f"  rows         {self.repeated:.2%} repeat the active set of the row "
                 f"before (chance {self.repeated_expected:.2%})",
                 f"  coherence    nearest other feature: mean cosine "
@@ -76,7 +85,8 @@ def check(truth, rows: int, seed: int) -> Check:
     """Draw `rows` rows of stream `seed` and compare.
 
     Correlations are those of 0/1 firing. With small rates one pair's correlation is
-    all sampling error, so tied pairs are averaged in four groups.
+    all sampling error, so tied pairs are averaged in four groups; `pair_z` looks at
+    each pair by itself.
     """
     law, n = truth.law, truth.n
     generator = torch.Generator().manual_seed(seed)
@@ -103,10 +113,13 @@ def check(truth, rows: int, seed: int) -> Check:
             both[part] += together.sum(0)
     rate = counts / rows
     error = (law.rates * (1 - law.rates) / rows).sqrt().clamp_min(1e-12)
-    asked = phi(law.rates[i].double(), law.rates[j].double(), law.joint(i, j).double())
+    joint = law.joint(i, j).double()
+    asked = phi(law.rates[i].double(), law.rates[j].double(), joint)
     ri, rj = (rate[k].double().clamp(1 / rows, 1 - 1 / rows) for k in (i, j))
     off = phi(ri, rj, both / rows) - asked
-    tied = (law.joint(i, j) - law.rates[i] * law.rates[j]).abs() > 1e-7
+    tied = (joint - law.rates[i] * law.rates[j]).abs() > 1e-7
+    # Counts are near enough Poisson; this root makes them normal (Anscombe, 1948).
+    z = 2 * ((both + 0.375).sqrt() - (rows * joint + 0.375).sqrt())
     order = asked[tied].argsort()
     quarters = [q for q in order.tensor_split(4) if len(q)]
     size = torch.cat(sizes).float()
@@ -114,6 +127,7 @@ def check(truth, rows: int, seed: int) -> Check:
         rows=rows,
         l0_target=law.rates.sum().item(),
         l0=size.mean().item(),
+        l0_sd=(_l0_sd(law, n, generator), size.std().item()),
         l0_quantiles=tuple(
             size[: 2**22].quantile(torch.tensor([0.05, 0.5, 0.95])).tolist()
         ),
@@ -128,12 +142,32 @@ def check(truth, rows: int, seed: int) -> Check:
             if quarters
             else (0.0, 0.0)
         ),
+        pair_z=z.abs().max().item() if len(z) else 0.0,
         untied=off[~tied].abs().mean().item() if (~tied).any() else 0.0,
         repeated=repeated / max(rows - 1, 1),
         repeated_expected=far / max(seen, 1),
         coherence=_coherence(truth.W),
         noise=(noise / signal) ** 0.5 if signal else 0.0,
     )
+
+
+def _l0_sd(law, n: int, generator: torch.Generator) -> float:
+    """√Var(number that fires) = √(Σ p(1 − p) + 2 Σ_{i<j} (p_ij − p_i p_j))."""
+    p = law.rates.double()
+    count = n * (n - 1) // 2
+    if count <= VARIANCE_PAIRS:
+        i, j = torch.triu_indices(n, n, 1)
+    else:
+        i = torch.randint(n, (VARIANCE_PAIRS,), generator=generator)
+        # Another than i, every one equally likely.
+        j = (i + 1 + torch.randint(n - 1, i.shape, generator=generator)) % n
+    covariance = 0.0
+    for a, b in zip(i.split(2**14), j.split(2**14), strict=True):
+        a, b = a.to(p.device), b.to(p.device)
+        covariance += (law.joint(a, b).double() - p[a] * p[b]).sum().item()
+    if len(i):
+        covariance *= count / len(i)
+    return ((p * (1 - p)).sum().item() + 2 * covariance) ** 0.5
 
 
 def _pairs(law, n: int, generator: torch.Generator, most: int = 1024) -> Tensor:

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -37,7 +38,8 @@ def test_achieves_what_was_asked_for(options):
     assert abs(report.l0_error) < 0.02
     assert report.rate_z < 5
     assert report.unused == report.saturated == 0
-    assert report.tied[1] < 0.02 and report.untied < 0.02
+    assert report.l0_sd[1] == pytest.approx(report.l0_sd[0], rel=0.02)
+    assert report.tied[1] < 0.02 and report.untied < 0.02 and report.pair_z < 5
     assert abs(report.repeated - report.repeated_expected) < 0.005
     assert report.noise == pytest.approx(options.get("noise", 0), rel=0.02)
     assert f"{report.rows:,}" in str(report)
@@ -52,6 +54,31 @@ def test_a_block_correlates_as_asked():
     off_diagonal = same & ~torch.eye(128, dtype=torch.bool)
     assert abs(c[off_diagonal].mean() - 0.6) < 0.02
     assert c[~same].abs().mean() < 0.02
+
+
+@every_law
+def test_every_pair_correlates_as_asked(options):
+    """Not the mean of many: each pair by itself, where rates are large enough."""
+    shape = dict(n=32, d=16, l0=4, frequency="uniform", largest=0.5, group=4)
+    if options.get("firing") == "hierarchy":
+        shape |= dict(group=3)
+    truth = Synthetic(SyntheticConfig(**options | shape | dict(chance=0.5)))
+    fires = (truth.sample(100_000).acts > 0).double()
+    i, j = torch.triu_indices(32, 32, 1)
+    p = truth.rates.double()
+    asked = firing.phi(p[i], p[j], truth.law.joint(i, j).double())
+    assert (torch.corrcoef(fires.T)[i, j] - asked).abs().max() < 0.02
+
+
+def test_coherence_is_that_of_random_directions():
+    """The mean largest |cosine| with n − 1 others, whose squares are Beta."""
+    from scipy.stats import beta
+
+    report = Synthetic(SyntheticConfig(n=512, d=64, l0=6)).self_check(500)
+    t = np.linspace(0, 1, 20_001)
+    expected = np.trapezoid(1 - beta.cdf(t**2, 0.5, 63 / 2) ** 511, t)
+    assert report.coherence[0] == pytest.approx(expected, rel=0.01)
+    assert report.coherence[0] < report.coherence[1] < 1
 
 
 def test_copula_agrees_with_sae_lens():
@@ -255,3 +282,29 @@ def test_check_notices_a_broken_law():
     truth.law = OncePerBlock(truth.law.rates)
     report = truth.self_check(20_000)
     assert report.repeated > 0.99 and report.rate_z > 5 and report.unused > 0
+    assert report.pair_z > 5
+
+
+def test_check_notices_features_that_fire_together():
+    """Every rate right, but all follow one number a row: L0 is 0 or many."""
+
+    class AllAtOnce(firing.Independent):
+        def draw(self, rows, generator):
+            return torch.rand(rows, 1, generator=generator) < self.rates
+
+    truth = Synthetic(SyntheticConfig(**SMALL))
+    truth.law = AllAtOnce(truth.law.rates)
+    report = truth.self_check(20_000)
+    assert report.rate_z < 5 and abs(report.l0_error) < 0.1
+    assert report.pair_z > 50 and report.l0_sd[1] > 3 * report.l0_sd[0]
+
+
+def test_check_of_many_features_samples_the_pairs():
+    small, large = (
+        Synthetic(
+            SyntheticConfig(n=n, d=8, l0=6, frequency="uniform", firing="exclusive")
+        ).self_check(20_000)
+        for n in (128, 1024)
+    )
+    for report in (small, large):
+        assert report.l0_sd[1] == pytest.approx(report.l0_sd[0], rel=0.02)
