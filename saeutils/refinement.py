@@ -11,8 +11,9 @@ codes. Refinement alternates the two halves of dictionary learning instead:
             codes below 2λ dropped                              (`sparse_coding.lasso`)
     atoms   one exact minimisation over each atom in turn, given the codes' sums
             A = Σ zᵀz and B = Σ zᵀ(x − b), then length 1
-    repair  unused atoms and duplicates start anew from what is left of rows that are
-            badly explained; absorbed atoms are taken apart (`absorption`)
+    repair  atoms that fire together are learned anew (`regrouping`); unused atoms and
+            duplicates start anew from what is left of rows that are badly explained;
+            absorbed atoms are taken apart (`absorption`)
 
 λ is 0.15 of the typical size of a code, which is measured, not known. Nothing here
 looks at a ground truth. Sources: Mairal, Bach, Ponce and Sapiro (2009), for the atom
@@ -27,6 +28,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from saeutils.absorption import take_apart
+from saeutils.regrouping import regroup
 from saeutils.sae import export
 from saeutils.sparse_coding import SparseCoder, SparseCodes
 from saeutils.store import as_store
@@ -45,7 +47,7 @@ class Refined:
     """Refined dictionary, codes by an encoder fitted to those: a sae_lens SAE."""
     history: Any
     """DataFrame, a row a round: fvu and l0 of the codes, degrees that an atom turned
-    (mean), atoms taken apart, new atoms."""
+    (mean), groups learned anew, atoms taken apart, new atoms."""
 
 
 @torch.no_grad()
@@ -56,6 +58,7 @@ def refine(
     rounds: int = 20,
     batch: int = 16_384,
     penalty: int | float = PENALTY,
+    groups: bool = True,
     absorption: bool = True,
     encoder: bool = True,
     seed: int = 0,
@@ -68,6 +71,8 @@ def refine(
         rounds: of codes, atoms and repair; each on the next `batch` rows. The last
             quarter starts no atom anew.
         penalty: λ in typical codes.
+        groups: whether atoms that fire together are learned anew, after each round
+            until it changes none (not in the last quarter).
         absorption: whether absorbed atoms are taken apart, in the last quarter.
         encoder: whether an encoder is fitted; else `sae` of the result is None.
 
@@ -95,19 +100,23 @@ def refine(
         codes = coder.sparse(x - b)
         A, B, used = sums(codes, x - b, len(W))
         before, W = W, update_atoms(W, A, B)
+        turned = (W * before).sum(1).clamp(-1, 1).acos()
         left = x - b - codes.times(W)
         b = b + left.mean(0)
         on = codes.value > 0
         # λ never falls: else, where nothing is exactly sparse, a smaller λ gives
         # smaller codes, which ask for a smaller λ …
         size = max(size, codes.value[on].median().item())
-        apart = new = 0
+        apart = new = changed = 0
         # Late: merged atoms are told apart best once they have fully merged.
         if absorption and number >= rounds * 3 // 4:
             W, apart = take_apart(W, codes, left, least=size / 10)
         if number < rounds * 3 // 4:
+            if groups:  # until a round changes nothing
+                W, changed = regroup(W, codes, left, penalty * size)
+                groups = changed > 0
+                used = torch.where(W.norm(dim=1) > 0, used.max(), 0)
             W, new = reseed(W, used, left, generator)
-        turned = (W * before).sum(1).clamp(-1, 1).acos()
         history.append(
             {
                 "round": number,
@@ -115,6 +124,7 @@ def refine(
                 "l0": on.sum().item() / len(x),
                 "turned": torch.rad2deg(turned).mean().item(),
                 "taken apart": apart,
+                "regrouped": changed,
                 "new": new,
             }
         )

@@ -14,8 +14,9 @@ from saeutils.refinement import (
     update_atoms,
     with_l0,
 )
+from saeutils.regrouping import cofiring, crowds, regroup, simple
 from saeutils.sae import load, save
-from saeutils.sparse_coding import SparseCoder, lasso
+from saeutils.sparse_coding import SparseCoder, SparseCodes, lasso
 from saeutils.synthetic import Synthetic, SyntheticConfig
 
 SIZES = dict(n=64, d=32, l0=3, largest=0.2, frequency="uniform")
@@ -166,3 +167,73 @@ def test_with_l0_fires_as_often_as_asked():
     torch.testing.assert_close(z, before * (z > 0))
     with pytest.raises(ValueError, match="fewer than"):
         with_l0(sae, ROWS, 63)
+
+
+GROUPS = Synthetic(
+    SyntheticConfig(n=64, d=64, l0=4, firing="correlated", correlation=0.5)
+)
+
+
+def merged_groups(truth):
+    """Of each block one atom in the middle; the next bent; the last one lost."""
+    W = truth.W.clone()
+    for first in range(0, truth.n, 8):
+        block = truth.W[first : first + 8]
+        W[first + 7] = block.sum(0)
+        W[first] = block[0] - 0.3 * block[1:].sum(0)
+        W[first + 1] = block[1] + block[7]
+    return torch.nn.functional.normalize(W, dim=1)
+
+
+def test_groups_that_fire_together_are_learned_anew():
+    x, W = GROUPS.rows(8000), merged_groups(GROUPS)
+    codes = SparseCoder(W, GROUPS.b).sparse(x - GROUPS.b)
+    left = x - GROUPS.b - codes.times(W)
+    out, changed = regroup(W, codes, left, 0.15)
+    assert R.recovery(W, GROUPS).share() < 0.8 and changed >= 1
+    assert R.recovery(out, GROUPS).share(0.95) == 1
+    start = Dictionary(W, GROUPS.b, 5, signed=False)
+    shares = [
+        R.recovery(
+            refine(start, x, rounds=8, batch=4000, groups=g, encoder=False).coder.W_dec,
+            GROUPS,
+        ).share()
+        for g in (False, True)
+    ]
+    assert shares[0] < 0.9 and shares[1] == 1
+
+
+def test_regrouping_leaves_the_truth_and_independent_atoms_alone():
+    for truth in (GROUPS, TRUTH):
+        x = truth.rows(8000)
+        codes = SparseCoder(truth.W, truth.b).sparse(x - truth.b)
+        out, changed = regroup(truth.W, codes, x - codes.times(truth.W), 0.15)
+        assert changed == 0 and torch.equal(out, truth.W)
+
+
+def test_firing_together_is_the_correlation_of_firing():
+    import numpy as np
+
+    z = torch.rand(300, 6, generator=torch.Generator().manual_seed(0))
+    z = z * (z > 0.6)
+    z[:, 1] = z[:, 0]
+    codes = SparseCodes(torch.arange(6).expand(300, 6), z)
+    together, used = cofiring(codes, 6)
+    expected = torch.from_numpy(np.corrcoef((z > 0).numpy().T)).fill_diagonal_(0)
+    torch.testing.assert_close(together, expected.float(), atol=1e-5, rtol=0)
+    assert used.tolist() == (z > 0).sum(0).tolist()
+
+
+def test_crowds_are_the_directions_that_recur_and_sums_are_no_crowd():
+    generator = torch.Generator().manual_seed(1)
+    W = torch.nn.functional.normalize(torch.randn(3, 8, generator=generator), dim=1)
+    z = torch.rand(400, 3, generator=generator) + 0.5
+    z[:90, 1:] = 0  # 90 rows of the first alone, 60 of the second, 30 of the third
+    z[90:150, [0, 2]] = 0
+    z[150:180, :2] = 0
+    found = crowds(z @ W, 6)  # the middle of the mixed rows may be among them
+    found = found[simple(found)]
+    assert len(found) == 3
+    assert ((found @ W.T).amax(0) > 0.99).all()
+    total = torch.nn.functional.normalize(W.sum(0, keepdim=True), dim=1)
+    assert simple(torch.cat([total, W])) == [1, 2, 3]
