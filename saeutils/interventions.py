@@ -128,6 +128,22 @@ def add(
     return Edit("add", change, len(direction), positions)
 
 
+def push(
+    direction: Float[Tensor, " d_in"],
+    length: int | float,
+    *,
+    positions: Positions = None,
+) -> Edit:
+    """x' = x + length · direction / ‖direction‖.
+
+    Raises ValueError for a direction of length 0, NaN or Inf.
+    """
+    norm = direction.norm()
+    if norm == 0:
+        raise ValueError("a direction of length 0 points nowhere")
+    return add(direction / norm, length, positions=positions)
+
+
 def steer(
     sae: Any, strengths: Mapping[int, int | float], *, positions: Positions = None
 ) -> Edit:

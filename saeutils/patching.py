@@ -7,7 +7,7 @@ is held against what it says of either prompt.
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int64
@@ -16,6 +16,9 @@ from torch import Tensor, nn
 from saeutils import interventions
 from saeutils.splicing import edited
 from saeutils.story_models import first_token
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Score = Callable[[Float[Tensor, "n vocabulary"]], Float[Tensor, " n"]]
 
@@ -137,3 +140,78 @@ def carried(
     if abs(a - b) < 1e-6:
         raise ValueError(f"a and b both score {a:.3g}: there is nothing to carry")
     return Carried([(mean(pairs.b, p) - b) / (a - b) for p in patches], a - b)
+
+
+class BySize(NamedTuple):
+    """How much sets of units carry, by their size (`by_size`)."""
+
+    frame: "pd.DataFrame"
+    """name ("best latents", "random latents", …), run, x (units patched), y (share)."""
+    limits: dict[str, float]
+    """What the whole activations carry, and all latents at once."""
+    difference: float
+    """Score of a − score of b: what there was to carry."""
+    best: dict[str, list[int]]
+    """Kind -> its units, best first."""
+    n: int
+    """Pairs tested on."""
+
+
+def by_size(
+    model: nn.Module,
+    pairs: Pairs,
+    score: Score,
+    kinds: Mapping[str, tuple[str, Any]],
+    sizes: Sequence[int],
+    *,
+    runs: int = 5,
+    seed: int = 0,
+) -> BySize:
+    """Share of the difference that the best few units carry, and random sets of them.
+
+    Units are ranked on the first half of the pairs (`by_effect`) and patched in the
+    second; random sets are of those units that differ at all there, so that the null
+    is not lost among silent ones.
+
+    Args:
+        kinds: name -> (hook, its SAE; None: the activations there, as neurons).
+
+    Raises ValueError for fewer than two pairs, and for unknown hooks.
+    """
+    import pandas as pd
+
+    half = len(pairs.a) // 2
+    if half < 1:
+        raise ValueError(f"{len(pairs.a)} pair: one to choose units on, one to test")
+    learn, exam = (
+        Pairs(*(part[s] for part in pairs)) for s in (slice(half), slice(half, None))
+    )
+    hooks = list(dict.fromkeys(hook for hook, _ in kinds.values()))
+    source = interventions.recorded(model, exam.a, hooks)
+    generator = torch.Generator().manual_seed(seed)
+    parts, ends, best = [], {}, {}
+
+    def patched(kind: str, units: list[int] | None) -> dict[str, interventions.Edit]:
+        hook, sae = kinds[kind]
+        if sae is None:
+            return {hook: interventions.replace(source[hook], units)}
+        return {hook: interventions.patch(sae, source[hook], units)}
+
+    for kind, (hook, sae) in kinds.items():
+        ends |= {f"whole {hook}": {hook: interventions.replace(source[hook])}}
+        ends |= {f"all {kind}": patched(kind, None)} if sae is not None else {}
+        best[kind], _ = by_effect(model, hook, learn, score, sae)
+        _, differ = by_effect(model, hook, exam, score, sae)
+        sets = {("best", 0): best[kind]}
+        for run in range(runs):
+            order = torch.randperm(len(differ), generator=generator)
+            sets["random", run] = [differ[i] for i in order]
+        for (which, run), units in sets.items():
+            edits = [patched(kind, units[:n]) for n in sizes]
+            shares = carried(model, exam, score, edits).share
+            own = {"name": f"{which} {kind}", "run": run, "x": sizes, "y": shares}
+            parts.append(pd.DataFrame(own))
+    whole = carried(model, exam, score, list(ends.values()))
+    frame = pd.concat(parts, ignore_index=True)
+    limits = dict(zip(ends, whole.share, strict=True))
+    return BySize(frame, limits, whole.difference, best, len(exam.a))

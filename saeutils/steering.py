@@ -126,7 +126,7 @@ def kl_by_length(
         clean = interventions.run(model, batch)
         for i, direction in enumerate(unit):
             for j, length in enumerate(lengths):
-                edit = {hook: interventions.add(direction, length)}
+                edit = {hook: interventions.push(direction, length)}
                 moved = divergence(clean, interventions.run(model, batch, edit))
                 total[i, j] += moved.double().sum().item()
     return (total / ids.numel()).float()
@@ -157,7 +157,7 @@ def lengths_for(
     for number, direction in enumerate(F.normalize(directions, dim=1)):
 
         def reached(length: float, direction: Tensor = direction) -> float:
-            edit = {hook: interventions.add(direction, length)}
+            edit = {hook: interventions.push(direction, length)}
             return divergence(clean, interventions.run(model, ids, edit)).mean().item()
 
         low, high, length = 0.0, float("inf"), float(start)
@@ -176,6 +176,19 @@ def lengths_for(
                 )
         found.append(length)
     return torch.tensor(found)
+
+
+def gains(
+    model: nn.Module,
+    ids: Int64[Tensor, "n positions"],
+    edits: Mapping[str, Callable[[Tensor], Tensor]],
+) -> Float[Tensor, "n positions"]:
+    """log p with the edits − log p without, of each token (nats); NaN for the first."""
+    logs = []
+    for some in (edits, {}):
+        logits = interventions.run(model, ids, some)[:, :-1].float().cpu()
+        logs.append(-F.cross_entropy(logits.mT, ids[:, 1:], reduction="none"))
+    return F.pad(logs[0] - logs[1], (1, 0), value=float("nan"))
 
 
 # --- what it wins and costs -----------------------------------------------
@@ -268,3 +281,36 @@ def success(written: Continued, words: frozenset[str]) -> dict[str, float]:
         nats_error=float(error),
         repeats=float(written.repeats.mean()),
     )
+
+
+def compare(
+    model: nn.Module,
+    hook: str,
+    arms: Mapping[str, Float[Tensor, "concepts d_in"]],
+    lengths: Mapping[str, Float[Tensor, " concepts"]],
+    words: Mapping[str, frozenset[str]],
+    prompts: Int64[Tensor, "n prompt"],
+    length: int,
+    *,
+    seed: int = 0,
+) -> "pd.DataFrame":
+    """Success and damage of steering, a row a concept and arm; "none" leaves it be.
+
+    Args:
+        arms: name -> a direction a concept; lengths: how long it is added.
+        words: concept -> its words; the concepts' order is that of the directions.
+        length: tokens written after each prompt.
+
+    Returns concept, arm and the columns of `success`.
+    """
+    import pandas as pd
+
+    plain = write(model, prompts, length, seed=seed)
+    rows = []
+    for c, (concept, own) in enumerate(words.items()):
+        rows.append({"concept": concept, "arm": "none"} | success(plain, own))
+        for arm, directions in arms.items():
+            edit = interventions.push(directions[c], lengths[arm][c].item())
+            told = write(model, prompts, length, {hook: edit}, seed=seed)
+            rows.append({"concept": concept, "arm": arm} | success(told, own))
+    return pd.DataFrame(rows)

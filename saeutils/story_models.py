@@ -204,3 +204,15 @@ def first_token(tokenizer: Any) -> int:
 def _story(tokenizer: Any, ids: list[int], ends: set[int]) -> str:
     stop = next((i for i, token in enumerate(ids) if token in ends), len(ids))
     return tokenizer.decode(ids[:stop]).strip()
+
+
+def word_token(tokenizer: Any, word: str) -> int:
+    """The token of a word in the middle of a sentence.
+
+    Raises ValueError for a word of several tokens.
+    """
+    alone = tokenizer.encode("x", add_special_tokens=False)
+    both = tokenizer.encode(f"x {word}", add_special_tokens=False)
+    if both[:-1] != alone:
+        raise ValueError(f"{word!r} is not a single token of this tokenizer")
+    return both[-1]
