@@ -6,8 +6,8 @@ on the rows of `score`. Nothing of size rows × units is ever dense, but for the
 units that were chosen.
 """
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -20,9 +20,11 @@ if TYPE_CHECKING:
     import pandas as pd
 
 LEVELS, PER_OCTAVE = 16, 3  # thresholds: 0, and the maximum · 2^(−j / 3), j = 1 … 15
+SHUFFLED = "shuffled stories"  # the null's name
 Member = Bool[np.ndarray, "rows concepts"]
 
 
+@runtime_checkable
 class Units(Protocol):
     """What fires on which row, in order of rows; `examples.Codes` is one."""
 
@@ -125,9 +127,9 @@ def best_units(units: Units, member: Member) -> Detectors:
     return Detectors(*out)
 
 
-def _edge(level: int) -> float:
+def _edge(level: Any) -> float:
     """What a value of this level, in maxima, exceeds."""
-    return 2.0 ** (-(level + 1) / PER_OCTAVE)
+    return float(2.0 ** (-(level + 1) / PER_OCTAVE))
 
 
 def score(units: Units, member: Member, found: Detectors) -> Scores:
@@ -206,17 +208,51 @@ def of_other_stories(
     return out
 
 
-def table(
-    names: Sequence[str], member: Member, found: Detectors, scores: Scores
+def compare(
+    units: Mapping[str, Sequence[Units]],
+    choose: Member,
+    score_on: Member,
+    names: Sequence[str],
+    *,
+    places: tuple[Any, Any] | None = None,
+    seed: int = 0,
 ) -> "pd.DataFrame":
-    """One row a concept: concept, rows, unit, threshold, precision, …, best first."""
+    """The best unit of each kind for each concept: one row a (kind, concept).
+
+    Args:
+        units: kind -> units on the rows of `choose`, and on those of `score_on`.
+        names: of the concepts.
+        places: provenance (id, position) of both sets of rows. Adds the null
+            "shuffled stories": units of the first kind, and `of_other_stories` with
+            this seed.
+
+    Returns: name (the kind), concept, rows (that carry it, of `score_on`), unit,
+        threshold, precision, recall, f1, auc, and f1 where chosen.
+
+    Raises ValueError when rows or concepts differ in number.
+    """
     import pandas as pd
 
-    columns = {"concept": list(names), "rows": member.sum(0), "unit": found.unit}
-    columns |= {"threshold": found.threshold, **scores._asdict()}
-    columns |= {"f1 where chosen": found.f1}
-    frame = pd.DataFrame(columns)
-    return frame.sort_values("f1", ascending=False, ignore_index=True)
+    if not choose.shape[1] == score_on.shape[1] == len(names):
+        raise ValueError(
+            f"{len(names)} names for {choose.shape[1]} and {score_on.shape[1]} concepts"
+        )
+    runs = [(name, pair, (choose, score_on)) for name, pair in units.items()]
+    if places is not None:
+        dealt = [
+            of_other_stories(member, *frame[["id", "position"]].to_numpy().T, seed=seed)
+            for member, frame in zip((choose, score_on), places, strict=True)
+        ]
+        runs.append((SHUFFLED, next(iter(units.values())), tuple(dealt)))
+    frames = []
+    for name, (here, there), (chosen_on, scored_on) in runs:
+        found = best_units(here, chosen_on)
+        columns = {"concept": list(names), "rows": scored_on.sum(0), "unit": found.unit}
+        columns |= {"threshold": found.threshold}
+        columns |= {**score(there, scored_on, found)._asdict()}
+        columns |= {"f1 where chosen": found.f1}
+        frames.append(pd.DataFrame(columns).assign(name=name))
+    return pd.concat(frames, ignore_index=True)
 
 
 def _same_rows(units: Units, n: int) -> None:

@@ -36,7 +36,12 @@ class Found(NamedTuple):
     """Latents after each step."""
     by_chance: float
     """Latents that pass the same filter when the texts are dealt to the two sides at
-    random, on average; NaN without negative texts."""
+    random, on average; NaN without negative texts, as the next two."""
+    score_by_chance: float
+    """Best score then, on average (0 where none passes)."""
+    p: float
+    """(1 + deals whose best score is no worse than this one's) / (1 + deals); 1 where
+    nothing was found."""
 
 
 def find_latents(
@@ -63,7 +68,7 @@ def find_latents(
         least, most: share of the positive texts on which a latent must fire, and of
             the negative ones on which it may.
         n: rows of the table at most.
-        shuffles: of `by_chance`.
+        shuffles: deals of the texts to the two sides, at least 1.
 
     Raises ValueError without a positive text, for an empty text or mark, a text or
     mark beyond the context, shares beyond [0, 1].
@@ -73,8 +78,11 @@ def find_latents(
     positive, negative = list(positive), list(negative)
     if isinstance(positive, str) or not positive:
         raise ValueError("no positive text: give one or more texts that should excite")
-    if not 0 <= least <= 1 or not 0 <= most <= 1:
-        raise ValueError(f"least {least} and most {most} are shares, in [0, 1]")
+    if not 0 <= least <= 1 or not 0 <= most <= 1 or shuffles < 1:
+        raise ValueError(
+            f"least {least} and most {most} are shares, in [0, 1]; shuffles {shuffles} "
+            "at least 1"
+        )
     strongest = text_activations(model, hook, sae, positive + negative)
     side = np.arange(len(strongest)) < len(positive)
 
@@ -83,26 +91,38 @@ def find_latents(
         fired = (fires[side].mean(0) >= least) & fires[side].any(0)
         return fired, fired & (fires[~side].sum(0) <= most * (~side).sum())
 
+    def means(side: np.ndarray) -> list[np.ndarray]:
+        return [strongest[s].sum(0) / max(1, s.sum()) for s in (side, ~side)]
+
+    def best(side: np.ndarray, kept: np.ndarray) -> float:
+        above, below = means(side)
+        return float((above - below)[kept].max(initial=0))
+
     fired, kept = passing(side)
     left = {"latents": strongest.shape[1], "fire on the positive": int(fired.sum())}
     left["silent on the negative"] = int(kept.sum())
-    chance = float("nan")
+    chance = by_chance = p = float("nan")
     if negative:
         rng = np.random.default_rng(seed)
-        dealt = [passing(rng.permutation(side))[1].sum() for _ in range(shuffles)]
-        chance = float(np.mean(dealt)) if dealt else chance
+        dealt = [rng.permutation(side) for _ in range(shuffles)]
+        passed = [passing(one)[1] for one in dealt]
+        tops = np.array([best(*one) for one in zip(dealt, passed, strict=True)])
+        chance, by_chance = (
+            float(np.mean([x.sum() for x in passed])),
+            float(tops.mean()),
+        )
+        no_worse = (tops >= best(side, kept)).sum() if kept.any() else shuffles
+        p = float((1 + no_worse) / (1 + shuffles))
     columns: dict[str, Any] = {"latent": np.arange(strongest.shape[1])}
-    for name, part in {
-        "positive": strongest[side],
-        "negative": strongest[~side],
-    }.items():
-        part = part if len(part) else np.zeros((1, strongest.shape[1]))
-        columns[f"fires, {name}"] = (part > 0).mean(0)
-        columns[f"mean, {name}"] = part.mean(0)
+    fires = strongest > 0
+    columns["fires, positive"] = fires[side].mean(0)
+    columns["fires, negative"] = fires[~side].sum(0) / max(1, len(negative))
+    columns["mean, positive"], columns["mean, negative"] = means(side)
     columns["score"] = columns["mean, positive"] - columns["mean, negative"]
     frame = pd.DataFrame(columns)[kept]
     frame = frame.sort_values(["score", "latent"], ascending=[False, True])
-    return Found(frame.head(n).reset_index(drop=True), left, chance)
+    frame = frame.head(n).reset_index(drop=True)
+    return Found(frame, left, chance, by_chance, p)
 
 
 def text_activations(

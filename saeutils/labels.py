@@ -2,16 +2,17 @@
 
 A label says on which rows a latent should fire: on some tokens, after some tokens, or
 on a concept. It is chosen for its F1 on some stories and judged on others: `count` →
-`automatic_labels` → `judge`, with `deal` for the null.
+`automatic_labels` → `judge`, with `deal` for the null. `by_kind` does all of it.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Float, Int
 
 from saeutils import grammar
+from saeutils.context import token_texts
 from saeutils.detection import Member, Scores, Units, agreement
 from saeutils.firing_scores import sparse_auc
 
@@ -21,11 +22,24 @@ if TYPE_CHECKING:
     from saeutils.stories import Tokens
 
 CONCEPT = "concept"  # the kind of a label that is one concept
-Properties = Mapping[str, Int[np.ndarray, " rows"]]
+BEST = "best of all"  # whatever kind is best for a latent
+
+
+class Facts(NamedTuple):
+    """What is known of each row."""
+
+    concepts: list[str]
+    member: Member
+    """Which rows carry which concept."""
+    properties: dict[str, Int[np.ndarray, " rows"]]
+    """Kind of label -> category of each row, −1 for none, as {"on": token, …}."""
 
 
 class Counts(NamedTuple):
-    """How often latents fire on what; the order of rows does not matter."""
+    """How often latents fire on what; the order of rows does not matter.
+
+    Concepts are left out where none are known.
+    """
 
     fires: Int[np.ndarray, " d_sae"]
     """Rows on which each latent fires."""
@@ -46,11 +60,109 @@ class Label(NamedTuple):
     f1: float
     """On the rows where it was chosen."""
 
-    def text(self, concepts: Sequence[str], word: Callable[[int], str]) -> str:
-        """In words; word: a category's name, as a token's text."""
+    def text(self, concepts: Sequence[str], tokenizer: Any) -> str:
+        """In words; categories are tokens of the tokenizer."""
         if self.kind == CONCEPT:
             return f"{CONCEPT} {concepts[self.values[0]]}"
-        return f"{self.kind} " + ", ".join(f"“{word(v)}”" for v in self.values)
+        words = token_texts(tokenizer, self.values)
+        words = [f"“{word}”".replace("\n", "⏎") for word in words]
+        return f"{self.kind} {', '.join(words)}"
+
+
+class Judged(NamedTuple):
+    """Labels, and how they do on rows where they were not chosen."""
+
+    labels: list[Label]
+    scores: Scores
+    dealt: Scores
+    """The null: each label judged by the firings of another latent."""
+
+    def row(self) -> dict[str, int | float]:
+        """Means over labels, for a table."""
+        return {
+            "latents": len(self.labels),
+            "F1 where chosen": float(np.mean([x.f1 for x in self.labels])),
+            "F1": mean_of(self.scores.f1),
+            "F1 dealt": mean_of(self.dealt.f1),
+            "AUC": mean_of(self.scores.auc),
+            "AUC dealt": mean_of(self.dealt.auc),
+        }
+
+
+def by_kind(
+    choose: Units,
+    score: Units,
+    known: tuple[Facts, Facts],
+    *,
+    seed: int = 0,
+    **how: Any,
+) -> dict[str, Judged]:
+    """Labels of each kind, and the best of all kinds, chosen and judged.
+
+    Args:
+        choose, score: what fires on the rows to choose and to judge on.
+        known: facts of the two.
+        how: `least` and `most` of `automatic_labels`.
+    """
+    counts, judged = count(choose, known[0]), {}
+    for kind in (*counts.hits, BEST):
+        kinds = () if kind == BEST else (kind,)
+        made = automatic_labels(counts, kinds=kinds, **how)
+        dealt = judge(score, known[1], made, deal(made, seed=seed))
+        judged[kind] = Judged(made, judge(score, known[1], made), dealt)
+    return judged
+
+
+def across(
+    sources: Mapping[str, tuple[Units, Units, Facts, Facts]], **how: Any
+) -> tuple[dict[str, dict[str, Judged]], "pd.DataFrame"]:
+    """Labels chosen on each source of text, judged on other stories of all sources.
+
+    Args:
+        sources: name -> units on its rows to choose and to judge on, facts of both.
+        how: as for `by_kind`.
+
+    Returns: name -> `by_kind` of it; and a row a (chosen on, kind): `Judged.row`, and
+        the mean F1 on every other source ("F1 on NAME"), NaN where labels cover no row.
+    """
+    import pandas as pd
+
+    judged, rows = {}, []
+    for name, (choose, score, *known) in sources.items():
+        judged[name] = by_kind(choose, score, tuple(known), **how)
+        for kind, found in judged[name].items():
+            row = {"chosen on": name, "kind": kind} | found.row()
+            for other, (_, units, _, there) in sources.items():
+                if other != name:
+                    f1 = judge(units, there, found.labels).f1
+                    row[f"F1 on {other}"] = mean_of(f1)
+            rows.append(row)
+    return judged, pd.DataFrame(rows).set_index(["chosen on", "kind"])
+
+
+def mean_of(scores: Float[np.ndarray, " n"]) -> float:
+    """Of those that there are; NaN without any."""
+    known = scores[np.isfinite(scores)]
+    return float(known.mean()) if len(known) else float("nan")
+
+
+def facts(
+    records: "pd.DataFrame", names: Sequence[str] = (), member: Member | None = None
+) -> Facts:
+    """Tokens and concepts of each row ("on"), and of the row before it ("after").
+
+    Args:
+        records: provenance of the rows (id, position, token).
+        names, member: concepts, where they are known (else None); each comes a second
+            time, as that of the token before.
+    """
+    before, token = row_before(records), records["token"].to_numpy()
+    if member is None:
+        names, member = [], np.zeros((len(token), 0), bool)
+    known = before >= 0
+    both = np.hstack([member, member[before] & known[:, None]])
+    properties = {"on": token, "after": np.where(known, token[before], -1)}
+    return Facts([*names, *(f"after {name}" for name in names)], both, properties)
 
 
 def row_concepts(
@@ -90,19 +202,12 @@ def row_before(records: "pd.DataFrame") -> Int[np.ndarray, " rows"]:
     return joined["row"].fillna(-1).to_numpy().astype(np.int64)
 
 
-def count(units: Units, member: Member, properties: Properties) -> Counts:
-    """One pass over what fires.
-
-    Args:
-        member: which rows carry which concept.
-        properties: kind -> category of each row, −1 for none, as {"on": token,
-            "after": token before}.
-
-    Raises ValueError when either has another number of rows.
-    """
+def count(units: Units, known: Facts) -> Counts:
+    """One pass over what fires. Raises ValueError when rows differ in number."""
     from scipy.sparse import csc_matrix, csr_matrix
 
-    _checked(units, member, properties)
+    _checked(units, known)
+    _, member, properties = known
     d, fires = units.d_sae, np.zeros(units.d_sae, np.int64)
     sizes = {kind: int(ids.max()) + 1 for kind, ids in properties.items()}
     rows = {k: _sizes(ids, sizes[k]) for k, ids in properties.items()}
@@ -121,7 +226,8 @@ def count(units: Units, member: Member, properties: Properties) -> Counts:
         first, last = row[0], row[-1] + 1
         here = csr_matrix((one, (row - first, latent)), shape=(last - first, d))
         concepts += (csr_matrix(member[first:last].T.astype(np.int64)) @ here).toarray()
-    rows, hits = {CONCEPT: member.sum(0), **rows}, {CONCEPT: concepts, **hits}
+    if member.shape[1]:
+        rows, hits = {CONCEPT: member.sum(0), **rows}, {CONCEPT: concepts, **hits}
     return Counts(fires, rows, {kind: csc_matrix(h) for kind, h in hits.items()})
 
 
@@ -175,10 +281,9 @@ def _best(counts: Counts, kind: str, latent: int, most: int) -> Label:
 
 def judge(
     units: Units,
-    member: Member,
-    properties: Properties,
+    known: Facts,
     labels: Sequence[Label],
-    latents: Sequence[int] | None = None,
+    latents: Sequence[int] | Int[np.ndarray, " labels"] | None = None,
 ) -> Scores:
     """Does the latent fire where its label says? Of each label, in one pass.
 
@@ -194,14 +299,17 @@ def judge(
     """
     from scipy.sparse import csr_matrix
 
-    _checked(units, member, properties)
+    _checked(units, known)
+    _, member, properties = known
     latents = np.array([x.latent for x in labels] if latents is None else latents)
     if len(latents) != len(labels) or len(np.unique(latents)) != len(latents):
         raise ValueError(f"{len(labels)} labels need as many latents, each once")
     place = np.full(units.d_sae, -1)
     place[latents] = np.arange(len(labels))
     ids = {**properties, CONCEPT: None}
-    sizes = {k: member.shape[1] if v is None else v.max() + 1 for k, v in ids.items()}
+    sizes = {
+        k: member.shape[1] if v is None else int(v.max()) + 1 for k, v in ids.items()
+    }
     true, covers = np.zeros(len(labels), np.int64), {}
     for kind, size in sizes.items():
         pairs = [
@@ -228,6 +336,7 @@ def judge(
         for number, kind in enumerate(sizes):
             own = kind_of[i] == number
             if kind == CONCEPT:
+                own &= concept[i] < member.shape[1]
                 yes[own] = member[row[own], concept[i[own]]]
             else:
                 own &= ids[kind][row] >= 0
@@ -258,10 +367,11 @@ def _sizes(ids: Int[np.ndarray, " rows"], n: int) -> Int[np.ndarray, " n"]:
     return np.bincount(ids[ids >= 0], minlength=n)
 
 
-def _checked(units: Units, member: Bool[np.ndarray, "n c"], given: Properties) -> None:
-    numbers = {"labels": len(member), **{k: len(v) for k, v in given.items()}}
+def _checked(units: Units, known: Facts) -> None:
+    numbers = {"concepts": len(known.member)}
+    numbers |= {kind: len(ids) for kind, ids in known.properties.items()}
     for name, n in numbers.items():
         if n != units.n_rows:
             raise ValueError(f"{units.n_rows} rows of activations, {n} of {name!r}")
-    if CONCEPT in given:
-        raise ValueError(f"a property cannot be called {CONCEPT!r}")
+    if reserved := {CONCEPT, BEST} & known.properties.keys():
+        raise ValueError(f"a property cannot be called {min(reserved)!r}")

@@ -111,6 +111,14 @@ class LogitEffect(NamedTuple):
         """Largest and smallest effect of a random direction, on average."""
         return self.random.amax(1).mean().item(), self.random.amin(1).mean().item()
 
+    @property
+    def share_beyond_chance(self) -> float:
+        """Share of tokens moved further than 99 % of them are by random directions;
+        0.01 by chance."""
+        return (
+            (self.logits.abs() > self.random.abs().quantile(0.99)).float().mean().item()
+        )
+
 
 @torch.no_grad()
 def logit_effect(
@@ -167,7 +175,8 @@ def logit_effect(
         for part in text.split(16):
             _, cache = model.run_with_cache(part, names_filter=[last])
             residuals.append(cache[last])
-        x = torch.cat(residuals)[which, records["position"].to_numpy()]
+        position = torch.tensor(records["position"].to_list())
+        x = torch.cat(residuals)[torch.from_numpy(which), position]
         z = value[chosen].to(x)[:, None]
         base = model.unembed(model.ln_final(x[:, None]))[:, 0].float()
 
@@ -183,6 +192,20 @@ def logit_effect(
         return LogitEffect(
             effect(own), torch.stack([effect(one) for one in noise]), len(x)
         )
+
+
+def profile(
+    codes: Any, latent: int, tokenizer: Any, effect: LogitEffect, n: int = 6
+) -> dict[str, Any]:
+    """What `plots.latent_profiles` shows: n tokens promoted, and n suppressed."""
+    up, down = effect.strongest(n)
+    shown = torch.cat([up, down.flip(0)])
+    return {
+        "tokens": by_token(codes, latent, tokenizer),
+        "positions": by_position(codes, latent),
+        "logits": (token_texts(tokenizer, shown.tolist()), effect.logits[shown]),
+        "by chance": effect.by_chance,
+    }
 
 
 def chosen_by_rank(

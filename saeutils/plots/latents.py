@@ -88,7 +88,7 @@ def contexts(
         hoverinfo="text",
         showlegend=False,
     )
-    bar = colour_bar("of the largest")
+    bar = colour_bar("of the largest", len=220, lenmode="pixels", y=1, yanchor="top")
     fig.add_scatter(  # carries the colour bar
         x=[None],
         y=[None],
@@ -190,7 +190,7 @@ def _quoted(token: str) -> str:
 
 def concept_scores(
     frame: Any,
-    columns: Mapping[str, str],
+    columns: Sequence[str],
     *,
     title: str,
     subtitle: str = "",
@@ -200,16 +200,16 @@ def concept_scores(
     """One line a "concept", a dot a column; controls are small and grey.
 
     Args:
-        columns: column of the frame -> its name in the legend; at most four controls.
+        columns: of the frame; of these at most four controls.
     """
     fig = go.Figure()
     symbols = iter(("x-thin-open", "cross-thin-open", "line-ns-open", "circle-open"))
-    for i, (column, label) in enumerate(columns.items()):
+    for i, column in enumerate(columns):
         null = column in controls
         fig.add_scatter(
             x=array(frame[column]),
             y=list(frame["concept"]),
-            name=label,
+            name=column,
             mode="markers",
             marker=dict(
                 color=NULL if null else LINES[i % len(LINES)],
@@ -228,6 +228,7 @@ def concept_scores(
         ticksuffix="  ",
         tickfont_size=11,
         dtick=1,
+        range=[-0.7, len(frame) - 0.3],
     )
     styled(fig, title, subtitle, x=x, height=200 + 17 * len(frame))
     fig.update_layout(
