@@ -75,9 +75,9 @@ def find_latents(
     """
     import pandas as pd
 
+    if isinstance(positive, str) or isinstance(negative, str) or not len(positive):
+        raise ValueError("no positive text: give lists of texts, at least one positive")
     positive, negative = list(positive), list(negative)
-    if isinstance(positive, str) or not positive:
-        raise ValueError("no positive text: give one or more texts that should excite")
     if not 0 <= least <= 1 or not 0 <= most <= 1 or shuffles < 1:
         raise ValueError(
             f"least {least} and most {most} are shares, in [0, 1]; shuffles {shuffles} "

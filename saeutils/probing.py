@@ -220,6 +220,8 @@ def sparse_probes(
     ks: Sequence[int] = (1, 2, 5, 10),
     single: SingleProbes | None = None,
     C: float = 100.0,
+    most: int = 60,
+    tolerance: float = 1e-7,
 ) -> "pd.DataFrame":
     """How well k latents tell a class from the rest (k-sparse probing).
 
@@ -229,6 +231,8 @@ def sparse_probes(
 
     Args:
         single: of the same x and y, when at hand.
+        most, tolerance: of `single_probes`; with tolerance=1e-4 the order of latents
+            is hardly another and many latents are several times faster.
 
     Returns:
         One row a (k, class): k, class, score (balanced accuracy on the test rows, 0.5
@@ -242,7 +246,8 @@ def sparse_probes(
 
     if not 1 <= min(ks) <= max(ks) <= x.shape[1]:
         raise ValueError(f"each k must lie in 1..{x.shape[1]}, got {tuple(ks)}")
-    single = single_probes(x, y) if single is None else single
+    if single is None:
+        single = single_probes(x, y, most=most, tolerance=tolerance)
     ranked, rows = single.best(max(ks)), []
     scale = x.square().mean(0).sqrt().clamp(min=1e-12)
     for j, c in enumerate(y.unique().tolist()):

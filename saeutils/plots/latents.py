@@ -107,7 +107,12 @@ def contexts(
 
 
 def _note(
-    fig: go.Figure, x: float, y: float, text: str, anchor: str, size: int = 13
+    fig: go.Figure,
+    x: int | float,
+    y: int | float,
+    text: str,
+    anchor: str,
+    size: int = 13,
 ) -> None:
     fig.add_annotation(
         x=x, y=y, text=text, showarrow=False, xanchor=anchor, font_size=size
