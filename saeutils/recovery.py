@@ -10,7 +10,7 @@ other way is not the feature. Where codes take both signs (ICA, PCA), they are |
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from jaxtyping import Float, Int64
@@ -115,6 +115,7 @@ class Recovery:
             "MMCS latents": self.mmcs_latents,
             "Hungarian": self.cosine.mean().item(),
             "corrected": self.corrected.mean().item(),
+            "beats another": (self.corrected > 0).double().mean().item(),
             "uniqueness": self.uniqueness,
         }
         if self.precision is not None:
@@ -188,6 +189,56 @@ def recovery(
         r2=r2,
         dead=scores and scores.dead,
         n_rows=rows if scores else 0,
+    )
+
+
+class Parents(NamedTuple):
+    """What became of the parents of a hierarchy; means over all parents. A parent's
+    latent is the one with the largest cosine."""
+
+    cosine: float
+    children: float
+    """Cosine of the latent with the parent's children: 1 / √8 each where parent and 7
+    children are merged in equal parts."""
+    other_children: float
+    """With the children of others: what chance gives."""
+    alone: float
+    """Of the rows on which the parent fires without a child, the share on which its
+    latent fires."""
+    with_child: float
+    """The same with a child. Much less than `alone` is absorption: the child's latent
+    has taken the parent's part over."""
+
+
+@torch.no_grad()
+def parents(
+    candidate: Autoencoder, truth: Synthetic, *, rows: int = 5000, seed: int = 777
+) -> Parents:
+    """Hedging and absorption. Raises ValueError for a truth that is no hierarchy."""
+    above = getattr(truth.law, "parent", None)
+    if above is None:
+        raise ValueError(
+            f"{type(truth.law).__name__} has no parents: expected firing='hierarchy'"
+        )
+    child, parent = (above >= 0).nonzero().flatten(), (above < 0).nonzero().flatten()
+    cosine = unit(candidate.W_dec.detach().to(truth.W)) @ truth.W.T
+    best = cosine[:, parent].argmax(0)
+    own = parent[None, :] == above[child][:, None]
+    of_children = cosine[best][:, child].T
+    fired = torch.zeros(
+        2, 2, device=truth.device
+    )  # alone or not; rows, and with latent
+    for x, acts in truth._blocks(rows, seed, 0):
+        on = acts[:, parent] > 0
+        has_child = (acts[:, child] > 0).float() @ own.float() > 0
+        latent = _encode(candidate, x, acts)[:, best] > 0
+        for i, where in enumerate((on & ~has_child, on & has_child)):
+            fired[i] += torch.stack([where.sum(), (where & latent).sum()])
+    return Parents(
+        cosine[best, parent].mean().item(),
+        of_children[own].mean().item(),
+        of_children[~own].mean().item(),
+        *(fired[:, 1] / fired[:, 0]).tolist(),
     )
 
 

@@ -36,6 +36,7 @@ def test_the_truth_itself_is_found():
     assert found.share() == found.share(0.95, weighted=True) == 1
     assert found.mmcs == pytest.approx(1) and found.mcc == pytest.approx(1)
     assert found.corrected.mean().item() == pytest.approx(1, abs=1e-5)
+    assert found.row()["beats another"] == 1
     assert found.match.tolist() == list(range(96)) and found.uniqueness == 1
     assert found.f1.mean() > 0.99 and found.auc.mean() > 0.99
     assert found.l0 == pytest.approx(found.l0_true, rel=0.05)
@@ -144,6 +145,28 @@ def test_a_table_holds_oracles_and_a_null():
     assert frame["found > 0.9"]["random dictionary"] == 0
     assert frame["MMCS"]["random dictionary"] > 0.2  # the null is not zero
     assert frame["found > 0.9"]["half"] == 0.5
+
+
+def test_parents_whole_absorbed_and_merged():
+    shape = dict(n=64, d=64, l0=3, frequency="uniform", geometry="orthogonal")
+    truth = Synthetic(
+        SyntheticConfig(**shape, firing="hierarchy", group=3, largest=0.5)
+    )
+    child = truth.law.parent >= 0
+    whole = R.parents(SparseCoder(truth.W, truth.b, "omp at k"), truth)
+    assert whole == pytest.approx((1, 0, 0, 1, 1), abs=1e-3)
+    W = truth.W.clone()
+    W[child] = R.unit(W[child] + W[truth.law.parent[child]])
+    absorbed = R.parents(SparseCoder(W, truth.b, penalty=0.1), truth)
+    assert absorbed.alone > 0.99 and absorbed.with_child < 0.6
+    W = truth.W[~child].clone()
+    W.index_add_(0, truth.law.parent[child], truth.W[child])
+    merged = R.parents(SparseCoder(R.unit(W), truth.b, penalty=0.1), truth)
+    assert merged.cosine == pytest.approx(0.5, abs=1e-3)
+    assert merged.children == pytest.approx(0.5, abs=1e-3)
+    assert abs(merged.other_children) < 0.01
+    with pytest.raises(ValueError, match="no parents"):
+        R.parents(SparseCoder(TRUTH.W, TRUTH.b), TRUTH)
 
 
 def test_refuses_another_width():
