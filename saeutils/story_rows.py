@@ -37,6 +37,11 @@ class StoryRows(NamedTuple):
         return self.pair[0][self.where]
 
     @property
+    def previous(self) -> Int64[Tensor, " rows"]:
+        """The token before each row's; BOS for the first one."""
+        return self.pair[0].roll(1, 1)[self.where]
+
+    @property
     def position(self) -> Int64[Tensor, " rows"]:
         """The place of each row in its story; the first token stands at 1."""
         return self.where.nonzero()[:, 1]
