@@ -130,9 +130,8 @@ def crowds(r: Float[Tensor, "rows d"], most: int) -> Float[Tensor, "h d"]:
     """Directions of length 1 near which rows crowd, the most crowded first."""
     length = r.norm(dim=1)
     u = r / length[:, None].clamp_min(1e-9)
-    usable = length > 0.3 * length.median()
-    close = (u @ u.T > NEAR).float()
-    free, out = usable.float(), []
+    free = (length > 0.3 * length.median()).float()
+    close, out = (u @ u.T > NEAR).float(), []
     while len(out) < most:
         score = (close @ free) * free
         centre = int(score.argmax())
@@ -140,7 +139,8 @@ def crowds(r: Float[Tensor, "rows d"], most: int) -> Float[Tensor, "h d"]:
             break
         direction = r[(close[centre] * free) > 0].sum(0)
         out.append(direction / direction.norm().clamp_min(1e-9))
-        free = (usable & (_left(u, torch.stack(out)) > APART)).float()
+        rest = free.nonzero().flatten()  # what few add up to, more do as well
+        free[rest] = (_left(u[rest], torch.stack(out)) > APART).float()
     return torch.stack(out) if out else r[:0]
 
 
@@ -159,7 +159,7 @@ def simple(W: Float[Tensor, "g d"]) -> list[int]:
 
 def _left(u: Tensor, W: Tensor) -> Tensor:
     """Length of what non-negative least squares leaves of each row of u."""
-    return (u - lasso(u, W, 1e-3).times(W)).norm(dim=1)
+    return (u - lasso(u, W, 1e-3, sweeps=200).times(W)).norm(dim=1)
 
 
 def _codes(r: Tensor, W: Tensor, penalty: int | float) -> SparseCodes:
