@@ -40,6 +40,11 @@ from saeutils.plots.scores import (
     loss_curves,
     scorecard_table,
 )
+from saeutils.plots.splitting import (
+    family_trees,
+    insertion_by_cosine,
+    stitching_paths,
+)
 from saeutils.plots.style import styled
 from saeutils.plots.two_models import against_truth, misreadings
 
@@ -60,10 +65,12 @@ __all__ = [
     "density",
     "dots",
     "effects",
+    "family_trees",
     "feature_card",
     "highlighted",
     "image_grid",
     "image_panels",
+    "insertion_by_cosine",
     "intervals",
     "ladder",
     "latent_profiles",
@@ -81,6 +88,7 @@ __all__ = [
     "scorecard_table",
     "shifted_tokens",
     "sparse_probes",
+    "stitching_paths",
     "styled",
     "success_rates",
     "top_images",
