@@ -167,8 +167,9 @@ def lengths_for(
                 break
             low, high = (length, high) if here < kl else (low, length)
             guess = length * min(max((kl / max(here, 1e-12)) ** 0.5, 0.1), 4.0)
-            inside = low < guess < high
-            length = guess if inside else (low + min(high, 4 * low)) / 2
+            if not low < guess < high:  # KL need not grow like a square: bisect
+                guess = (low + high) / 2 if high < float("inf") else 2 * low
+            length = guess
             if length > 2_000 * start:
                 raise ValueError(
                     f"direction {number} moves the model by {here:.3g} nats at length "
@@ -286,18 +287,22 @@ def success(written: Continued, words: frozenset[str]) -> dict[str, float]:
 def compare(
     model: nn.Module,
     hook: str,
-    arms: Mapping[str, Float[Tensor, "concepts d_in"]],
-    lengths: Mapping[str, Float[Tensor, " concepts"]],
+    arms: Mapping[str, Float[Tensor, "_ d_in"]],
+    lengths: Mapping[str, Float[Tensor, " _"]],
     words: Mapping[str, frozenset[str]],
     prompts: Int64[Tensor, "n prompt"],
     length: int,
     *,
+    shared: Sequence[str] = ("random",),
     seed: int = 0,
 ) -> "pd.DataFrame":
     """Success and damage of steering, a row a concept and arm; "none" leaves it be.
 
     Args:
         arms: name -> a direction a concept; lengths: how long it is added.
+        shared: arms that have any number of directions, for all concepts alike: the
+            prompts are dealt among them in turn. One random direction may well bring a
+            concept; several are a null.
         words: concept -> its words; the concepts' order is that of the directions.
         length: tokens written after each prompt.
 
@@ -305,12 +310,29 @@ def compare(
     """
     import pandas as pd
 
-    plain = write(model, prompts, length, seed=seed)
-    rows = []
+    def told(directions: Tensor, sizes: Tensor) -> Continued:
+        parts = []
+        for i, direction in enumerate(directions):
+            edits = {hook: interventions.push(direction, sizes[i].item())}
+            some = prompts[i :: len(directions)]
+            parts.append(write(model, some, length, edits, seed=seed + i))
+        return _joined(parts)
+
+    plain, rows = write(model, prompts, length, seed=seed), []
+    common = {a: told(d, lengths[a]) for a, d in arms.items() if a in shared}
     for c, (concept, own) in enumerate(words.items()):
-        rows.append({"concept": concept, "arm": "none"} | success(plain, own))
+        texts = {"none": plain}
         for arm, directions in arms.items():
-            edit = interventions.push(directions[c], lengths[arm][c].item())
-            told = write(model, prompts, length, {hook: edit}, seed=seed)
-            rows.append({"concept": concept, "arm": arm} | success(told, own))
+            one = slice(c, c + 1)
+            texts[arm] = common.get(arm) or told(directions[one], lengths[arm][one])
+        for arm, written in texts.items():
+            rows.append({"concept": concept, "arm": arm} | success(written, own))
     return pd.DataFrame(rows)
+
+
+def _joined(parts: Sequence[Continued]) -> Continued:
+    ids, texts, nats, repeats = zip(*parts, strict=True)
+    every = [text for some in texts for text in some]
+    return Continued(
+        torch.cat(ids), every, np.concatenate(nats), np.concatenate(repeats)
+    )
