@@ -107,6 +107,14 @@ def by_sae(frame: "pd.DataFrame", column: str, null: str) -> "pd.DataFrame":
     return table.rename_axis(columns=None).reset_index()
 
 
+def means(
+    frame: "pd.DataFrame", column: str, *, null: bool = False
+) -> dict[str, float]:
+    """SAE -> mean of a column over concepts (over null concepts instead)."""
+    groups = frame[frame["null"] == null].groupby("SAE", sort=False)
+    return groups[column].mean().to_dict()
+
+
 class Absorbed(NamedTuple):
     """Absorption of concepts in SAEs."""
 
@@ -123,7 +131,7 @@ def absorbed(
     x: Float[Tensor, "rows d_in"],
     concepts: Concepts,
     own: "pd.DataFrame",
-    words: Sequence[str],
+    words: Sequence[str] | np.ndarray,
     *,
     shuffles: int = 5,
     seed: int = 0,

@@ -13,14 +13,13 @@ Sources: Bricken et al., "Towards monosemanticity" (2023), for splitting; Leask 
 SAEs of two sizes latent by latent (see `stitching`).
 """
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool, Float, Float64, Int64, Shaped
 from scipy import sparse
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -129,13 +128,10 @@ def parents_by_cosine(
 ) -> Parents:
     """argmax_i cos(small_i, large_j) for each j, in blocks of `budget` bytes.
 
-    Raises ValueError for rows of different widths or no rows.
+    Raises ValueError when one of them has no latents.
     """
-    if len(small) == 0 or len(large) == 0 or small.shape[1] != large.shape[1]:
-        raise ValueError(
-            f"decoders of shape {tuple(small.shape)} and {tuple(large.shape)}: both "
-            "need latents, and SAEs on the same activations"
-        )
+    if len(small) == 0 or len(large) == 0:
+        raise ValueError(f"nothing to compare: {len(small)} and {len(large)} latents")
     against = normalize(small, dim=1).T
     blocks = normalize(large, dim=1).split(rows_within(budget, len(small)))
     score, parent = zip(*((b @ against).max(1) for b in blocks), strict=True)
@@ -213,18 +209,22 @@ class Kin(NamedTuple):
     """Latents that fire often enough to be judged."""
     nearest: Float[Tensor, " live"]
     """Largest cosine of each live latent with any of the small SAE."""
+    rate: Float64[Tensor, " live"]
+    """Share of the rows on which each live latent fires."""
 
-    def agree(self, above: float) -> dict[str, int | float]:
-        """`agreement` of both parents, as a row of a table; also apart for latents
-        whose nearest cosine is above the bound or not."""
-        close = self.by_cosine.score > above
+    def agree(self, above: float, like: "Kin") -> dict[str, int | float]:
+        """How many live latents are found again (nearest cosine above the bound), the
+        same at the firing rates of another SAE (`at_rates`), and `agreement` of both
+        parents, also for those found again and the others apart: a row of a table."""
+        close, again = self.by_cosine.score > above, self.nearest > above
         every, found, new = (
             agreement(self.by_cosine, self.by_firing, self.live & part)
             for part in (torch.ones_like(close), close, ~close)
         )
-        row = {"latents": every.n, "same parent": every.share}
-        row |= {"by chance": every.chance, f"cosine > {above:g}": found.share}
-        return row | {"below": new.share}
+        row = {"latents": every.n, "found again": again.double().mean().item()}
+        row["at equal rates"] = at_rates(again, self.rate, like.rate)
+        row |= {"same parent": every.share, "by chance": every.chance}
+        return row | {"of those found": found.share, "of the others": new.share}
 
 
 def kin(small: Coded, large: Coded, *, least: int = 10) -> Kin:
@@ -234,7 +234,34 @@ def kin(small: Coded, large: Coded, *, least: int = 10) -> Kin:
     """
     by_cosine = parents_by_cosine(small.W_dec, large.W_dec)
     live = large.counts >= least
-    return Kin(by_cosine, parents_by_firing(small, large), live, by_cosine.score[live])
+    rate = large.counts[live].double() / large.z.shape[0]
+    by_firing = parents_by_firing(small, large)
+    return Kin(by_cosine, by_firing, live, by_cosine.score[live], rate)
+
+
+def at_rates(
+    values: Shaped[Tensor, " n"],
+    rate: Float64[Tensor, " n"],
+    like: Float64[Tensor, " m"],
+    *,
+    bins: int = 10,
+) -> float:
+    """Mean of values of latents, weighted so that they fire as often as others do.
+
+    Wider SAEs have rarer latents, and rare latents differ from frequent ones whatever
+    the width. So within each tenth (of `bins`) of the others' firing rates the mean is
+    taken for itself; then the mean over the bins in which there are latents.
+    """
+    inner = torch.linspace(0, 1, bins + 1, dtype=torch.float64)[1:-1]
+    edges = torch.quantile(like.double(), inner)
+    place, other = (torch.bucketize(r.double(), edges) for r in (rate, like))
+    # Rarer or more frequent than any of the others: not comparable.
+    inside = (rate >= like.min()) & (rate <= like.max())
+    sums = torch.zeros(bins, dtype=torch.float64)
+    sums.index_add_(0, place[inside], values[inside].double())
+    n = place[inside].bincount(minlength=bins)
+    weight = other.bincount(minlength=bins).double() * (n > 0)
+    return ((sums / n.clamp(min=1)) @ weight / weight.sum()).item()
 
 
 # ------------------------------------------------------------- what it stands for
@@ -299,91 +326,6 @@ def main_latents(
         best = float(f1[latent])
         found |= coded.fires[:, [latent]].toarray()[:, 0] > 0
     return chosen
-
-
-# ------------------------------------------------------------------- a family tree
-
-
-@dataclass(frozen=True)
-class Node:
-    """A latent in a tree of latents."""
-
-    sae: str
-    latent: int
-    above: int
-    """Place of its parent in the list; −1 for the root."""
-    share: float
-    """Of the rows on which its parent fires, those on which it does (1 of the root)."""
-    cosine: float
-    """Of its decoder row with its parent's (1 of the root)."""
-    words: tuple[str, ...]
-    """The tokens on which it fires most often, the most frequent first."""
-    concept: str
-    """That with the best F1, "" without labels."""
-    precision: float
-    recall: float
-
-
-def tree(
-    saes: Mapping[str, Coded],
-    parents: Sequence[Parents],
-    root: int,
-    tokens: Sequence[str],
-    labels: Bool[np.ndarray, "rows concepts"],
-    concepts: Sequence[str],
-    *,
-    most: Sequence[int],
-    least: int | float = 0.02,
-    words: int = 4,
-) -> list[Node]:
-    """A latent of the first SAE, its children in the second, theirs in the third, …
-
-    Args:
-        saes: name -> codes, all on the same rows; the narrowest first.
-        parents: of the second SAE in the first, of the third in the second, …
-        root: latent of the first SAE.
-        tokens: the text of each row.
-        most: children shown of one latent, at each step; those with the largest share.
-        least: share of the parent's rows that a child must cover.
-
-    Returns the nodes, each after its parent, siblings by falling share.
-    """
-    coded, names = list(saes.values()), list(saes)
-    text = np.asarray(tokens)
-    scores = [firing_scores(c, labels) for c in coded]
-
-    def node(level: int, latent: int, above: int, share: float, cosine: float) -> Node:
-        rows = coded[level].by_latent[:, [latent]].indices
-        kinds, counts = np.unique(text[rows], return_counts=True)
-        common = kinds[np.argsort(-counts, kind="stable")][:words]
-        f1, score = scores[level].f1[:, latent], scores[level]
-        best = int(f1.argmax())
-        of = (float(score.precision[best, latent]), float(score.recall[best, latent]))
-        told = concepts[best], *of
-        return Node(names[level], latent, above, share, cosine, tuple(common), *told)
-
-    found = [node(0, root, -1, 1.0, 1.0)]
-    level_of = [0]
-
-    def grow(place: int) -> None:
-        level, mine = level_of[place], found[place].latent
-        if level + 1 == len(coded):
-            return
-        rows = coded[level].by_latent[:, [mine]].indices
-        together = coded[level + 1].fires[rows].sum(0)
-        share = together / max(len(rows), 1)
-        share[parents[level].parent.numpy() != mine] = 0
-        for child in np.argsort(-share, kind="stable")[: most[level]].tolist():
-            if share[child] < least:
-                break
-            pair = coded[level].W_dec[mine], coded[level + 1].W_dec[child]
-            cosine = torch.cosine_similarity(*pair, dim=0).item()
-            found.append(node(level + 1, child, place, float(share[child]), cosine))
-            level_of.append(level + 1)
-            grow(len(found) - 1)
-
-    grow(0)
-    return found
 
 
 def _same_rows(small: Coded, large: Coded) -> int:

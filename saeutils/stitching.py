@@ -80,6 +80,8 @@ class PutIn(NamedTuple):
 
     cosine: Float[Tensor, " live"]
     """With the nearest latent of the SAE that they are put into."""
+    rate: Float64[Tensor, " live"]
+    """Share of the rows on which they fire."""
     change: Float64[Tensor, " live"]
     """Of its FVU, each put in alone."""
 
@@ -98,12 +100,13 @@ def put_in(
         same firing, the same directions, but not together.
     """
     if shuffle_seed is None:
-        return PutIn(relation.nearest, insertion(base, donor, rows)[relation.live])
+        change = insertion(base, donor, rows)[relation.live]
+        return PutIn(relation.nearest, relation.rate, change)
     generator = torch.Generator().manual_seed(shuffle_seed)
     W = donor.W_dec[torch.randperm(len(donor.W_dec), generator=generator)]
     cosine = parents_by_cosine(base.W_dec, W).score
     change = insertion(base, donor, rows, W_dec=W)
-    return PutIn(cosine[relation.live], change[relation.live])
+    return PutIn(cosine[relation.live], relation.rate, change[relation.live])
 
 
 class Step(NamedTuple):

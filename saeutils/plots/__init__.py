@@ -42,7 +42,7 @@ from saeutils.plots.scores import (
 )
 from saeutils.plots.splitting import (
     family_trees,
-    insertion_by_cosine,
+    insertions,
     stitching_paths,
 )
 from saeutils.plots.style import styled
@@ -70,7 +70,7 @@ __all__ = [
     "highlighted",
     "image_grid",
     "image_panels",
-    "insertion_by_cosine",
+    "insertions",
     "intervals",
     "ladder",
     "latent_profiles",

@@ -11,56 +11,60 @@ from plotly.subplots import make_subplots
 from saeutils.plots.style import LINES, NULL, array, legend_below, panel_titles, styled
 
 
-def insertion_by_cosine(
-    donors: Mapping[str, tuple[Any, Any]],
+def insertions(
+    donors: Mapping[str, tuple[Any, Any, Any]],
     *,
     title: str,
     subtitle: str = "",
     nulls: Sequence[str] = (),
-    step: float = 0.1,
     fewest: int = 5,
 ) -> go.Figure:
-    """Share of inserted latents that lower the error, by their nearest cosine.
+    """Share of inserted latents that lower the error, by nearest cosine and by rate.
 
     Args:
         donors: name -> (largest cosine of each latent with the SAE that it goes into,
-            change of FVU when it is inserted alone). NaN is left out.
+            its firing rate, change of FVU when it is inserted alone).
         nulls: names drawn grey.
-        step, fewest: width of a bin, and latents that it needs to be drawn.
+        fewest: latents that a bin needs to be drawn; dots grow with their number.
     """
-    fig = go.Figure()
-    edges = np.linspace(0, 1, round(1 / step) + 1)
-    for i, (name, (cosine, change)) in enumerate(donors.items()):
-        cosine, change = array(cosine), array(change)
-        known = np.isfinite(cosine) & np.isfinite(change)
-        cosine, lower = cosine[known].clip(0, 1), (change[known] < 0).astype(float)
-        total, _ = np.histogram(cosine, edges)
-        hits, _ = np.histogram(cosine, edges, weights=lower)
-        drawn = total >= fewest
-        colour = NULL if name in nulls else LINES[i % len(LINES)]
-        dash = "dash" if name in nulls else "solid"
-        fig.add_scatter(
-            x=((edges[:-1] + edges[1:]) / 2)[drawn],
-            y=100 * hits[drawn] / total[drawn],
-            customdata=total[drawn],
-            mode="lines+markers",
-            name=f"{name}: {100 * lower.mean():.0f} % of all",
-            line=dict(color=colour, width=2, dash=dash),
-            marker=dict(size=4 + 16 * np.sqrt(total[drawn] / total.max()), opacity=0.8),
-            hovertemplate="cosine %{x:.2f}: %{y:.0f} % of %{customdata}",
-        )
-    styled(
-        fig,
-        title,
-        subtitle,
-        x="cosine with the nearest latent of the SAE it is put into",
-        y="lower the error (% of latents)",
-        height=470,
+    titles = ("by direction", "by how often they fire")
+    fig = make_subplots(1, 2, subplot_titles=titles, shared_yaxes=True)
+    edges = [np.linspace(0, 1, 11), 10 ** np.arange(-4.5, 0.26, 0.25)]
+    for i, (name, donor) in enumerate(donors.items()):
+        *values, change = (array(part) for part in donor)
+        lower = (change < 0).astype(float)
+        null = name in nulls
+        colour = NULL if null else LINES[i % len(LINES)]
+        for column, (x, cuts) in enumerate(zip(values, edges, strict=True), start=1):
+            total, _ = np.histogram(x.clip(cuts[0], cuts[-1]), cuts)
+            hits, _ = np.histogram(x.clip(cuts[0], cuts[-1]), cuts, weights=lower)
+            drawn = total >= fewest
+            middle = (cuts[:-1] + cuts[1:]) / 2
+            if column == 2:
+                middle = np.sqrt(cuts[:-1] * cuts[1:])
+            fig.add_scatter(
+                x=middle[drawn],
+                y=100 * hits[drawn] / total[drawn],
+                customdata=total[drawn],
+                mode="lines+markers",
+                name=f"{name}: {100 * lower.mean():.0f} % of all",
+                legendgroup=name,
+                showlegend=column == 1,
+                line=dict(color=colour, width=2, dash="dash" if null else "solid"),
+                marker=dict(size=4 + 14 * np.sqrt(total[drawn] / max(total.max(), 1))),
+                hovertemplate="%{x:.3g}: %{y:.0f} % of %{customdata} latents",
+                row=1,
+                col=column,
+            )
+    styled(fig, title, subtitle, width=940, height=480)
+    fig.update_xaxes(title_text="cosine with the nearest latent", range=[0, 1], col=1)
+    fig.update_xaxes(
+        title_text="firing rate (share of tokens, log scale)", type="log", col=2
     )
-    fig.update_xaxes(range=[0, 1])
+    fig.update_xaxes(tickvals=[1e-4, 1e-3, 1e-2, 0.1, 1], col=2)
+    fig.update_yaxes(title_text="lower the error (% of latents)", col=1)
     fig.update_yaxes(range=[-4, 104])
-    fig = legend_below(fig)
-    return fig.update_layout(margin_b=130)
+    return legend_below(panel_titles(fig)).update_layout(margin_b=120)
 
 
 def stitching_paths(
@@ -129,22 +133,15 @@ def family_trees(
             if node.precision >= 0.5:
                 colour = LINES[0] if node.concept == tree[0].concept else LINES[1]
             if node.above >= 0:
-                x0, y0 = x - 1 + 0.66, -height[node.above]
-                fig.add_scatter(
-                    x=[x0, (x0 + x) / 2, (x0 + x) / 2, x - 0.03],
-                    y=[y0, y0, y, y],
-                    mode="lines",
-                    line=dict(
-                        color=colour,
-                        width=1 + 11 * node.share,
-                        shape="spline",
-                        smoothing=0.6,
-                    ),
+                x0, y0, x1 = x - 0.32, -height[node.above], x - 0.02
+                m = (x0 + x1) / 2
+                fig.add_shape(
+                    type="path",
+                    path=f"M {x0},{y0} C {m},{y0} {m},{y} {x1},{y}",
+                    line=dict(color=colour, width=1 + 13 * node.share),
                     opacity=0.45,
-                    hoverinfo="skip",
-                    showlegend=False,
                 )
-            tokens = " ".join(_shown(word) for word in node.words[:words])
+            tokens = _shown(node.words[:words])
             told = f"{escape(node.concept)} {node.precision:.0%}".replace("%", " %")
             fig.add_annotation(
                 x=x,
@@ -153,17 +150,18 @@ def family_trees(
                 showarrow=False,
                 xanchor="left",
                 align="left",
-                font_size=11,
+                font_size=13,
             )
-        top += 0.7
+        top += 0.6
     for i, name in enumerate(columns):
         text = f"<b>{escape(name)}</b>"
         fig.add_annotation(x=i, y=0.9, text=text, showarrow=False, xanchor="left")
-    width = 120 + 330 * len(columns)
-    styled(fig, title, subtitle, width=width, height=int(130 + 40 * top))
-    fig.update_xaxes(visible=False, range=[-0.03, len(columns) - 0.28])
-    fig.update_yaxes(visible=False, range=[-top + 0.4, 1.4])
-    return fig.update_layout(margin=dict(l=20, r=20, b=15))
+    width = 40 + 330 * len(columns)
+    fig.add_scatter(x=[0], y=[0], mode="markers", marker_opacity=0, showlegend=False)
+    styled(fig, title, subtitle, width=width, height=int(120 + 46 * (top + 1)))
+    fig.update_xaxes(visible=False, range=[-0.03, len(columns) - 0.25])
+    fig.update_yaxes(visible=False, range=[-top + 0.5, 1.3])
+    return fig.update_layout(margin=dict(l=15, r=10, b=10))
 
 
 def _heights(tree: Sequence[Any], top: float) -> tuple[list[float], float]:
@@ -182,6 +180,9 @@ def _heights(tree: Sequence[Any], top: float) -> tuple[list[float], float]:
     return height, top
 
 
-def _shown(token: str) -> str:
-    text = escape(token.strip().replace("\n", "⏎"))
-    return text or "␣"
+def _shown(words: Sequence[str], longest: int = 27) -> str:
+    """As many words as fit, at least one."""
+    texts = [word.strip().replace("\n", "⏎") or "␣" for word in words]
+    while len(texts) > 1 and len(" ".join(texts)) > longest:
+        texts.pop()
+    return escape(" ".join(texts))
