@@ -14,8 +14,8 @@ def test_the_token_in_question_stands_in_one_column():
     ]
     fig = plots.contexts({"latent 7": rows}, title="t", left=30)
     text = fig.data[0]
-    asked = [x for x, t in zip(text.x, text.text, strict=True) if t.strip() in shown]
-    assert asked == [49, 49, 49]
+    at = [x for x, t in zip(text.x, text.text, strict=True) if t in asked_for]
+    assert at == [49, 49, 49]
     assert "⏎" in text.text and max(map(len, text.text)) < 20  # what is too far is cut
     notes = [a.text for a in fig.layout.annotations]
     assert notes.count("quantile 0.5") == 1 and "8.00" in notes
@@ -24,7 +24,7 @@ def test_the_token_in_question_stands_in_one_column():
     assert len(strong) == 2 and strong[49] == "rgb(239, 101, 72)"
 
 
-shown = ("\u00a0&lt;b&gt;", "\u00a0so", "\u00a0big")
+asked_for = ("\u00a0&lt;b&gt;", "\u00a0so", "\u00a0big")
 
 
 def test_a_profile_a_row():
