@@ -190,8 +190,8 @@ def test_groups_that_fire_together_are_learned_anew():
     codes = SparseCoder(W, GROUPS.b).sparse(x - GROUPS.b)
     left = x - GROUPS.b - codes.times(W)
     out, changed = regroup(W, codes, left, 0.15)
-    assert R.recovery(W, GROUPS).share() < 0.8 and changed >= 1
-    assert R.recovery(out, GROUPS).share(0.95) == 1
+    assert R.recovery(W, GROUPS).share(0.95) < 0.7 and changed >= 1
+    assert R.recovery(out, GROUPS).share(0.95) > 0.85
     start = Dictionary(W, GROUPS.b, 5, signed=False)
     shares = [
         R.recovery(
@@ -200,7 +200,7 @@ def test_groups_that_fire_together_are_learned_anew():
         ).share()
         for g in (False, True)
     ]
-    assert shares[0] < 0.9 and shares[1] == 1
+    assert shares[0] < 0.9 and shares[1] > 0.98
 
 
 def test_regrouping_leaves_the_truth_and_independent_atoms_alone():
