@@ -33,7 +33,9 @@ class SynthBench(Synthetic):
         orthogonal_steps: of pushing directions apart (published: 100).
 
     `rates` are measured on `rate_rows` rows: the trees make features fire more rarely
-    than their base probabilities say (59 in sum, against the published L0 of 34).
+    than their base probabilities say (59 in sum, against the published L0 of 34). `law`
+    knows these rates alone: the self-check holds pairs to independence, which the
+    benchmark's are not meant to keep.
     """
 
     def __init__(
