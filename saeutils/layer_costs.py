@@ -88,8 +88,8 @@ def cost_table(costs: "pd.DataFrame", against: str) -> "pd.DataFrame":
 
 def _splice(sae: Autoencoder) -> Callable[[Tensor], Tensor]:
     def splice(acts: Tensor) -> Tensor:
-        rows = acts.flatten(0, -2)
+        rows = acts.flatten(0, -2).to(sae.W_dec.device)
         out = torch.cat([sae.decode(sae.encode(part)) for part in rows.split(2048)])
-        return out.to(acts.dtype).reshape(acts.shape)
+        return out.to(acts).reshape(acts.shape)
 
     return splice

@@ -257,13 +257,12 @@ def scorecards(
     where: Bool[Tensor, "n positions"] | None = None,
     budget: int = BUDGET,
 ) -> list[Scorecard]:
-    """`scorecard` of each by its name, of `init` too; the model runs without an edit,
-    and ablated, only once. Arguments and errors are those of `scorecard`."""
+    """`scorecard` of each by name (of `init`, too); the model is ablated only once."""
     store = as_store(rows)
     if not saes or (hook := hook or store.hook) is None:
         raise ValueError(
-            f"{len(saes)} autoencoders, hook {hook!r}: name a hook, as the rows do not "
-            "know theirs, and at least one autoencoder"
+            f"{len(saes)} autoencoders at hook {hook!r}: name a hook, as the rows do "
+            "not, and at least one autoencoder"
         )
     init, common = init or {}, dict(eval_set=eval_set, budget=budget)
     cards = [
@@ -298,7 +297,9 @@ def _alarm(fvu: float, l0: float, constant: bool) -> str:
 
 def _reconstruction(sae: Autoencoder, size: int) -> Callable[[Tensor], Tensor]:
     def reconstruct(x: Tensor) -> Tensor:
-        return torch.cat([sae.decode(sae.encode(part)) for part in x.split(size)])
+        rows = x.to(sae.W_dec.device)  # a control may lie elsewhere than the model
+        out = [sae.decode(sae.encode(part)) for part in rows.split(size)]
+        return torch.cat(out).to(x.device)
 
     return reconstruct
 

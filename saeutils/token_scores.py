@@ -144,8 +144,9 @@ def error_by_group(
     for batch in store.chunks(size):
         x, group = batch.rows, groups[batch.index]
         with torch.no_grad():
-            z = sae.encode(x)
-            error = (x - sae.decode(z)).double().square().sum(1)
+            z = sae.encode(x.to(sae.W_dec.device))
+            error = (x - sae.decode(z).cpu()).double().square().sum(1)
+            z = z.cpu()
         scatter = (x.double() - moments.mean).square().sum(1)
         for total, value in zip(sums, (error, scatter, (z != 0).sum(1)), strict=True):
             total += group.bincount(value.double(), widest)
@@ -183,7 +184,8 @@ def in_context(
             first = row - near.place
             x = codes.store[first : first + len(near.tokens)]
             with torch.no_grad():
-                z = x if codes.sae is None else codes.sae.encode(x)
+                sae = codes.sae
+                z = x if sae is None else sae.encode(x.to(sae.W_dec.device)).cpu()
             name = f"latent {latent}, story {near.record['id']}"
             words = token_texts(tokenizer, near.tokens)
             texts[name] = words, z[:, latent].numpy()
