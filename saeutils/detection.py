@@ -49,6 +49,8 @@ class Signed:
 class Categories:
     """A unit for each category (token, position): 1 on its rows, 0 elsewhere."""
 
+    levels = 1  # no other threshold than 0
+
     def __init__(self, ids: Int[np.ndarray, " rows"], n: int) -> None:
         self.ids, self.n_rows, self.d_sae = ids, len(ids), n
 
@@ -83,7 +85,8 @@ def best_units(units: Units, member: Member) -> Detectors:
 
     Thresholds tried: 0, and the unit's largest activation · 2^(−j / 3), j = 1 … 15.
     Of equal F1 the lower threshold, then the lower unit. Memory: concepts × units ×
-    16 counts. A concept without rows has unit −1.
+    16 counts (units with an attribute `levels` = 1 are tried at 0 alone). A concept
+    without rows has unit −1.
 
     Raises ValueError when members are given for another number of rows.
     """
@@ -94,7 +97,8 @@ def best_units(units: Units, member: Member) -> Detectors:
     for _, unit, value in units:
         np.maximum.at(largest, unit.numpy(), value.numpy())
     scale = np.where(largest > 0, largest, 1)
-    width, concepts = units.d_sae * LEVELS, member.shape[1]
+    levels = getattr(units, "levels", LEVELS)
+    width, concepts = units.d_sae * levels, member.shape[1]
     hits = np.zeros((concepts, width), np.int32)
     fired = np.zeros(width, np.int64)
     for row, unit, value in units:
@@ -103,7 +107,7 @@ def best_units(units: Units, member: Member) -> Detectors:
         ratio = value[positive].numpy() / scale[unit]
         # Level j holds (2^(−(j+1)/3), 2^(−j/3)] of the maximum; the last one the rest.
         level = np.floor(-PER_OCTAVE * np.log2(ratio) + 1e-9).astype(np.int64)
-        key = unit * LEVELS + np.minimum(level, LEVELS - 1)
+        key = unit * levels + np.minimum(level, levels - 1)
         if not len(row):
             continue
         first = row[0]
@@ -112,7 +116,7 @@ def best_units(units: Units, member: Member) -> Detectors:
         inside = csr_matrix(member[first : row[-1] + 1].T.astype(np.int32))
         hits += (inside @ fires).toarray()
         fired += np.bincount(key, minlength=width)
-    shape = (units.d_sae, LEVELS)
+    shape = (units.d_sae, levels)
     said = fired.reshape(shape).cumsum(1)
     true = member.sum(0)
     out = np.full(concepts, -1), np.zeros(concepts), np.full(concepts, np.nan)
@@ -120,8 +124,8 @@ def best_units(units: Units, member: Member) -> Detectors:
         tp = hits[c].reshape(shape).cumsum(1)
         f1 = (2 * tp / (said + true[c]))[:, ::-1]  # lowest threshold first
         unit, back = np.unravel_index(f1.argmax(), shape)
-        # Level LEVELS − 1 counts everything that fires at all.
-        threshold = 0.0 if back == 0 else scale[unit] * _edge(LEVELS - 1 - back)
+        # The last level counts everything that fires at all.
+        threshold = 0.0 if back == 0 else scale[unit] * _edge(levels - 1 - back)
         for array, value in zip(out, (unit, threshold, f1[unit, back]), strict=True):
             array[c] = value
     return Detectors(*out)
