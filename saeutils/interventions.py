@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from saeutils.models import evaluation_mode, hook_point
 from saeutils.splicing import edited
+from saeutils.store import as_store
 from saeutils.streaming import BUDGET, Rows, checked_chunks, rows_within
 
 Positions = None | int | slice | Sequence[int] | Bool[Tensor, "..."]
@@ -378,9 +379,9 @@ def largest_codes(sae: Any, rows: Rows) -> Float[Tensor, " d_sae"]:
     return most
 
 
-def mean_norm(rows: Rows, d_in: int) -> float:
+def mean_norm(rows: Rows) -> float:
     """Mean length ‖x‖ of the rows: the natural unit of what is added to them."""
-    total, n = 0.0, 0
+    total, n, d_in = 0.0, 0, as_store(rows).d_in
     for x in checked_chunks(rows, d_in, rows_within(BUDGET, d_in)):
         total, n = total + x.norm(dim=1).double().sum().item(), n + len(x)
     return total / n

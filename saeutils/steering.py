@@ -1,99 +1,28 @@
 """What an edit does to a language model: how far it moves, what it wins and costs.
 
-Directions to steer along, lengths that move the model equally far, the share of texts
-in which a concept's words appear, and what the text costs the untouched model.
+Lengths that move the model equally far, the share of texts in which a concept's words
+appear, and what the text costs the untouched model. `arms` makes the directions.
 """
 
-import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from saeutils import grammar, interventions
-from saeutils.detection import Member
-from saeutils.labels import row_before
-from saeutils.store import as_store
-from saeutils.story_models import continued
-from saeutils.streaming import BUDGET, Rows, checked_chunks, rows_within
+from saeutils import interventions
+from saeutils.arms import contains
+from saeutils.story_models import continued, first_token
 
 if TYPE_CHECKING:
     import pandas as pd
 
-
-# --- concepts and directions ----------------------------------------------
-
-
-def words_of(concept: str, *, n: int = 1_000, seed: int = 0) -> frozenset[str]:
-    """The words that carry a concept in the first n stories of the grammar, lower case.
-
-    Raises ValueError for a concept that none of them carries.
-    """
-    found = {
-        word.text.lower()
-        for story in grammar.stories(n, seed=seed)
-        for word in story.words
-        if concept in word.concepts
-    }
-    if not found:
-        raise ValueError(f"no word of {n} grammar stories carries {concept!r}")
-    return frozenset(found)
-
-
-def contains(texts: Sequence[str], words: frozenset[str]) -> Bool[np.ndarray, " n"]:
-    """Which of the texts hold at least one of the words, whole, in any case."""
-    return np.array([not words.isdisjoint(_WORD.findall(t.lower())) for t in texts])
-
-
-_WORD = re.compile(r"[a-z]+(?:'[a-z]+)?")
-
-
-def next_concepts(on: Member, records: "pd.DataFrame") -> Member:
-    """Which concepts the NEXT token carries, from those of each row's own token.
-
-    A latent that fires on a word changes what comes after it; one that fires before a
-    word can bring the word itself. records: provenance of the rows (id, position).
-    """
-    place, out = row_before(records), np.zeros_like(on)
-    out[place[place >= 0]] = on[place >= 0]
-    return out
-
-
-def difference_of_means(rows: Rows, member: Member) -> Float[Tensor, "concepts d_in"]:
-    """mean(x where the concept is) − mean(x where it is not), a row a concept.
-
-    Raises ValueError for a concept that all rows carry, or none.
-    """
-    counts = torch.from_numpy(member.sum(0))
-    if (
-        bad := (counts == 0)
-        .logical_or(counts == len(member))
-        .nonzero()
-        .flatten()
-        .tolist()
-    ):
-        raise ValueError(f"concept {bad[0]} is on none of the rows, or on all")
-    parts, at = [], 0
-    d_in = as_store(rows).d_in
-    for x in checked_chunks(rows, d_in, rows_within(BUDGET, 2 * d_in)):
-        where = torch.from_numpy(member[at : at + len(x)]).double()
-        x, at = x.double().cpu(), at + len(x)
-        parts.append(torch.stack([where.T @ x, (1 - where).T @ x]))
-    if at != len(member):
-        raise ValueError(f"{at} rows of activations, {len(member)} of labels")
-    with_it, without = torch.stack(parts).sum(0)
-    mean = with_it / counts[:, None] - without / (at - counts)[:, None]
-    return mean.float()
-
-
-def random_directions(n: int, d_in: int, *, seed: int = 0) -> Float[Tensor, "n d_in"]:
-    """Unit vectors, uniform over all directions: the null of steering."""
-    generator = torch.Generator().manual_seed(seed)
-    return F.normalize(torch.randn(n, d_in, generator=generator), dim=1)
+Arms = Mapping[str, Float[Tensor, "_ d_in"]]  # name -> directions, one a row
+Edits = Mapping[str, Callable[[Tensor], Tensor]]
+Versions = Mapping[str, Edits]
 
 
 # --- how far the model moves ----------------------------------------------
@@ -110,79 +39,131 @@ def divergence(
 def kl_by_length(
     model: nn.Module,
     hook: str,
-    directions: Float[Tensor, "m d_in"],
-    lengths: Sequence[int | float],
+    arms: Arms,
+    lengths: Sequence[int | float] | Float[np.ndarray, " lengths"],
     ids: Int64[Tensor, "n positions"],
     *,
     batch_size: int = 32,
-) -> Float[Tensor, "m lengths"]:
-    """Mean KL (nats a token) when length · direction is added at every position.
+) -> "pd.DataFrame":
+    """KL (nats a token) when a direction is added at every position, by its length.
 
-    Directions are taken at length 1.
+    Returns name (the arm), direction (its row there), x (the length), y (mean KL).
     """
-    unit = F.normalize(directions, dim=1)
-    total = torch.zeros(len(unit), len(lengths), dtype=torch.float64)
+    import pandas as pd
+
+    keys = [(arm, i) for arm, rows in arms.items() for i in range(len(rows))]
+    total = np.zeros((len(keys), len(lengths)))
     for batch in ids.split(batch_size):
         clean = interventions.run(model, batch)
-        for i, direction in enumerate(unit):
+        for number, (arm, i) in enumerate(keys):
             for j, length in enumerate(lengths):
-                edit = {hook: interventions.push(direction, length)}
+                edit = {hook: interventions.push(arms[arm][i], float(length))}
                 moved = divergence(clean, interventions.run(model, batch, edit))
-                total[i, j] += moved.double().sum().item()
-    return (total / ids.numel()).float()
+                total[number, j] += moved.double().sum().item()
+    parts = [
+        pd.DataFrame({"name": arm, "direction": i, "x": lengths, "y": line})
+        for (arm, i), line in zip(keys, total / ids.numel(), strict=True)
+    ]
+    return pd.concat(parts, ignore_index=True)
 
 
 def lengths_for(
     model: nn.Module,
     hook: str,
-    directions: Float[Tensor, "m d_in"],
+    arms: Arms,
     ids: Int64[Tensor, "n positions"],
     kl: int | float,
     *,
     start: int | float = 1.0,
     tolerance: float = 0.03,
-) -> Float[Tensor, " m"]:
+) -> dict[str, Float[Tensor, " _"]]:
     """How long each direction must be to move the model by `kl` nats a token.
 
-    The mean KL of `kl_by_length` is within `tolerance` of kl, as a share. For small
-    lengths KL grows with their square, which is where the search begins. The clean
-    predictions on ids are held: keep ids few.
+    The mean KL (see `kl_by_length`) is then within `tolerance` of kl, as a share. For
+    small lengths KL grows with their square, which is where the search begins; it ends
+    in bisection. The clean predictions on ids are held: keep ids few.
 
     Raises ValueError when a direction does not get there at 2,000 times `start`.
     """
     if not kl > 0:
         raise ValueError(f"kl must be positive, got {kl}")
     clean = interventions.run(model, ids)
-    found = []
-    for number, direction in enumerate(F.normalize(directions, dim=1)):
 
-        def reached(length: float, direction: Tensor = direction) -> float:
-            edit = {hook: interventions.push(direction, length)}
-            return divergence(clean, interventions.run(model, ids, edit)).mean().item()
-
+    def length_of(direction: Tensor, name: str) -> float:
         low, high, length = 0.0, float("inf"), float(start)
-        for _ in range(40):
-            here = reached(length)
+        for step in range(60):
+            edit = {hook: interventions.push(direction, length)}
+            here = divergence(clean, interventions.run(model, ids, edit)).mean().item()
             if abs(here / kl - 1) < tolerance:
-                break
+                return length
             low, high = (length, high) if here < kl else (low, length)
             guess = length * min(max((kl / max(here, 1e-12)) ** 0.5, 0.1), 4.0)
-            if not low < guess < high:  # KL need not grow like a square: bisect
+            if step % 2 and 0 < low and high < float("inf"):
+                guess = (low + high) / 2  # a KL that is no square makes the rest cycle
+            elif not low < guess < high:
                 guess = (low + high) / 2 if high < float("inf") else 2 * low
             length = guess
             if length > 2_000 * start:
-                raise ValueError(
-                    f"direction {number} moves the model by {here:.3g} nats at length "
-                    f"{low:.3g}, and never by {kl}: the hook hardly matters along it"
-                )
-        found.append(length)
-    return torch.tensor(found)
+                break
+        raise ValueError(
+            f"{name} moves the model by {here:.3g} nats at length {low:.3g}, and by "
+            f"{kl} at none: the model hardly heeds that direction at {hook}"
+        )
+
+    return {
+        arm: torch.tensor(
+            [length_of(row, f"direction {i} of {arm!r}") for i, row in enumerate(rows)]
+        )
+        for arm, rows in arms.items()
+    }
+
+
+class NextToken(NamedTuple):
+    """The likeliest next tokens after a prompt, under several edits."""
+
+    tokens: list[str]
+    """Those likeliest under any of them, by falling probability under the second."""
+    probabilities: dict[str, Float[Tensor, " tokens"]]
+
+
+def next_token(
+    model: nn.Module, prompt: str, versions: Versions, *, top: int = 9
+) -> NextToken:
+    """What each version of the model says next: the `top` tokens of the first two.
+
+    Args:
+        versions: name -> its edits, the first the untouched model.
+    """
+    ids = _coded(model.tokenizer, prompt)
+    p = {
+        name: interventions.run(model, ids, edits)[0, -1].float().softmax(-1).cpu()
+        for name, edits in versions.items()
+    }
+    first, second = list(p.values())[:2]
+    shown = torch.cat([v.topk(top).indices for v in (first, second)]).unique()
+    shown = shown[second[shown].argsort(descending=True)]
+    texts = [model.tokenizer.decode([token]) for token in shown.tolist()]
+    return NextToken(texts, {name: v[shown] for name, v in p.items()})
+
+
+def told(
+    model: nn.Module, prompt: str, versions: Versions, length: int, *, seed: int = 0
+) -> dict[str, tuple[list[str], Float[Tensor, " tokens"]]]:
+    """The prompt continued by each version, with what the edit did to each token.
+
+    Returns name -> (tokens as text, log p with the edits − log p without, nats).
+    """
+    out = {}
+    for name, edits in versions.items():
+        start = _coded(model.tokenizer, prompt)
+        ids = continued(model, start, length, seed=seed, edits=edits)
+        texts = [model.tokenizer.decode([token]) for token in ids[0, 1:].tolist()]
+        out[name] = texts, gains(model, ids, edits)[0, 1:]
+    return out
 
 
 def gains(
-    model: nn.Module,
-    ids: Int64[Tensor, "n positions"],
-    edits: Mapping[str, Callable[[Tensor], Tensor]],
+    model: nn.Module, ids: Int64[Tensor, "n positions"], edits: Edits
 ) -> Float[Tensor, "n positions"]:
     """log p with the edits − log p without, of each token (nats); NaN for the first."""
     logs = []
@@ -190,6 +171,61 @@ def gains(
         logits = interventions.run(model, ids, some)[:, :-1].float().cpu()
         logs.append(-F.cross_entropy(logits.mT, ids[:, 1:], reduction="none"))
     return F.pad(logs[0] - logs[1], (1, 0), value=float("nan"))
+
+
+def _coded(tokenizer: Any, text: str) -> Int64[Tensor, "1 tokens"]:
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    return torch.tensor([[first_token(tokenizer), *ids]])
+
+
+class Moved(NamedTuple):
+    """Activations and codes at the hook, under one version of the model."""
+
+    acts: Float[Tensor, "rows d_in"]
+    mean: Float[Tensor, " d_sae"]
+    """Mean code of each latent."""
+    kept: float
+    """Share of what fires in the first version that still fires in this one."""
+
+
+def moved(
+    model: nn.Module,
+    hook: str,
+    sae: Any,
+    ids: Int64[Tensor, "n positions"],
+    versions: Versions,
+) -> dict[str, Moved]:
+    """What each version does to all latents, over all positions but the first."""
+    out, first = {}, None
+    for name, edits in versions.items():
+        acts = interventions.recorded(model, ids, [hook], edits)[hook]
+        acts = acts[:, 1:].flatten(0, 1)
+        with torch.no_grad():
+            z = sae.encode(acts.to(sae.W_dec))
+        first = z > 0 if first is None else first
+        kept = ((z > 0) & first).sum() / first.sum().clamp(min=1)
+        out[name] = Moved(acts.cpu(), z.mean(0).cpu(), kept.item())
+    return out
+
+
+def one_map(
+    groups: Mapping[str, Float[Tensor, "_ d"]], *, seed: int = 0
+) -> dict[str, Float[np.ndarray, "_ 2"]]:
+    """UMAP of all groups together, by cosine. The number of threads stays what it is.
+
+    Source: McInnes, Healy and Melville, 2018.
+    """
+    from umap import UMAP
+
+    rows = torch.cat(list(groups.values())).numpy()
+    threads = torch.get_num_threads()  # numba's threads are torch's, too
+    try:
+        how = dict(metric="cosine", random_state=seed, n_jobs=1)
+        points = UMAP(n_neighbors=min(15, len(rows) - 1), **how).fit_transform(rows)
+    finally:
+        torch.set_num_threads(threads)
+    ends = np.cumsum([len(group) for group in groups.values()])[:-1]
+    return dict(zip(groups, np.split(points, ends), strict=True))
 
 
 # --- what it wins and costs -----------------------------------------------
@@ -227,7 +263,7 @@ def write(
     model: nn.Module,
     prompts: Int64[Tensor, "n prompt"],
     length: int,
-    edits: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
+    edits: Edits | None = None,
     *,
     temperature: int | float = 0.8,
     seed: int = 0,
@@ -287,7 +323,7 @@ def success(written: Continued, words: frozenset[str]) -> dict[str, float]:
 def compare(
     model: nn.Module,
     hook: str,
-    arms: Mapping[str, Float[Tensor, "_ d_in"]],
+    arms: Arms,
     lengths: Mapping[str, Float[Tensor, " _"]],
     words: Mapping[str, frozenset[str]],
     prompts: Int64[Tensor, "n prompt"],
@@ -310,7 +346,7 @@ def compare(
     """
     import pandas as pd
 
-    def told(directions: Tensor, sizes: Tensor) -> Continued:
+    def steered(directions: Tensor, sizes: Tensor) -> Continued:
         parts = []
         for i, direction in enumerate(directions):
             edits = {hook: interventions.push(direction, sizes[i].item())}
@@ -319,12 +355,12 @@ def compare(
         return _joined(parts)
 
     plain, rows = write(model, prompts, length, seed=seed), []
-    common = {a: told(d, lengths[a]) for a, d in arms.items() if a in shared}
+    common = {a: steered(d, lengths[a]) for a, d in arms.items() if a in shared}
     for c, (concept, own) in enumerate(words.items()):
         texts = {"none": plain}
         for arm, directions in arms.items():
             one = slice(c, c + 1)
-            texts[arm] = common.get(arm) or told(directions[one], lengths[arm][one])
+            texts[arm] = common.get(arm) or steered(directions[one], lengths[arm][one])
         for arm, written in texts.items():
             rows.append({"concept": concept, "arm": arm} | success(written, own))
     return pd.DataFrame(rows)
@@ -336,3 +372,13 @@ def _joined(parts: Sequence[Continued]) -> Continued:
     return Continued(
         torch.cat(ids), every, np.concatenate(nats), np.concatenate(repeats)
     )
+
+
+def apart(rates: "pd.DataFrame", more: str, less: str) -> list[str]:
+    """Concepts for which the interval of one arm lies above that of another.
+
+    Stricter than a test at the same level: intervals that touch may differ, too.
+    """
+    wide = rates.set_index(["arm", "concept"])
+    above = wide.loc[more, "low"] > wide.loc[less, "high"]
+    return above.index[above].tolist()

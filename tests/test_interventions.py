@@ -378,7 +378,7 @@ def test_an_edit_at_another_width_is_refused(mlp, sae):
 
 def test_units_of_strength_by_hand(sae):
     rows = acts(500)
-    assert iv.mean_norm(rows, D) == pytest.approx(rows.norm(dim=1).mean().item())
+    assert iv.mean_norm(rows) == pytest.approx(rows.norm(dim=1).mean().item())
     expected = sae.encode(rows).amax(0).clamp(min=0)
     assert torch.allclose(iv.largest_codes(sae, rows), expected, atol=1e-5)
 
