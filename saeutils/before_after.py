@@ -8,6 +8,7 @@ concept_scores    the latent and threshold that are best for a concept, judged o
 """
 
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -23,6 +24,7 @@ from saeutils.training import TrainConfig, train
 if TYPE_CHECKING:
     import pandas as pd
 
+REFINED, SHUFFLED = "refined dictionary, OMP", "labels shuffled"
 Rows = Float[Tensor, "_ d"]
 Member = Bool[np.ndarray, "_ concepts"]
 
@@ -92,6 +94,52 @@ def concept_scores(
     return ConceptScores(*out)
 
 
+def labelled_stories(
+    model: Any,
+    hook: str,
+    folder: str | Path,
+    *,
+    corpus: str = "embedded",
+    n_stories: int = 340,
+    n_test: int = 25,
+    least: int = 30,
+) -> tuple[Labelled, list[str]]:
+    """A story model's activations, with the grammar's concepts of its own stories.
+
+    Args:
+        folder: where activations are stored, or opened.
+        n_stories: of the corpus, to train on.
+        n_test: of the corpus, held out; and twice as many of the grammar.
+        least: rows that a concept must be on, to be judged.
+
+    Returns: the activations, and the names of the concepts.
+    """
+    from saeutils import grammar
+    from saeutils.labels import row_concepts
+    from saeutils.stories import stories, tokens
+    from saeutils.story_rows import story_rows
+
+    def saved(text):
+        return story_rows(model, text, [hook], folder)
+
+    names, parts = grammar.concepts(), []
+    for split in ("train", "test"):
+        text = stories(split, "grammar", n=n_test)
+        coded, own = tokens(text, model.tokenizer), saved(text)
+        parts.append((own.stores[hook][:], row_concepts(own.records, coded, names)))
+    often = np.all([member.sum(0) >= least for _, member in parts], axis=0)
+    (choose, member), (score, score_member) = parts
+    data = Labelled(
+        saved(stories("train", corpus, n=n_stories)).stores[hook],
+        saved(stories("test", corpus, n=n_test)).stores[hook][:],
+        choose,
+        member[:, often],
+        score,
+        score_member[:, often],
+    )
+    return data, [name for name, kept in zip(names, often, strict=True) if kept]
+
+
 def before_after(
     data: Labelled, config: TrainConfig, *, seeds: list[int], seed: int = 0, **refining
 ) -> "pd.DataFrame":
@@ -117,51 +165,45 @@ def before_after(
     if len(seeds) < 2:
         raise ValueError(f"agreement needs two seeds or more, got {seeds}")
     generator = torch.Generator().manual_seed(10**6 + seed)
-    k, shuffled = round(config.k), np.random.default_rng(seed)
-    found: dict[str, list[Any]] = {}
+    k, table, decoders = round(config.k), [], {}
     for own in seeds:
         sae = train(data.rows, replace(config, seed=own), progress=False).sae
         out = refine(sae, data.rows, seed=own, **refining)
-        W = torch.randn(sae.W_dec.shape, generator=generator)
+        old = torch.nn.functional.normalize(sae.W_dec.detach(), dim=1)
+        W = torch.randn(old.shape, generator=generator)
         W = torch.nn.functional.normalize(W, dim=1)
-        old, new, null = (
-            SparseCoder(w, b, "omp", k=k)
-            for w, b in (
-                (torch.nn.functional.normalize(sae.W_dec.detach(), dim=1), sae.b_dec),
-                (out.coder.W_dec, out.coder.b_dec),
-                (W, sae.b_dec),
-            )
-        )
-        for name, one in (
-            ("SAE", sae),
-            ("refined, encoder", out.sae),
-            ("SAE's dictionary, OMP", old),
-            ("refined dictionary, OMP", new),
-            ("labels shuffled", new),
-            ("random directions, OMP", null),
-        ):
-            found.setdefault(name, []).append(one)
-    table = []
-    for name, group in found.items():
-        agree = metrics.agreement([one.W_dec.detach() for one in group])
-        for own, one in zip(seeds, group, strict=True):
-            card = metrics.scorecard(one, data.held_out, eval_set="held out", name=name)
-            member, truth = data.member, data.score_member
-            if name == "labels shuffled":
-                member, truth = (shuffled.permutation(m) for m in (member, truth))
-            with torch.no_grad():
-                z, z_score = one.encode(data.choose), one.encode(data.score)
-            scores = concept_scores(z, member, z_score, truth)
-            table.append(
-                {
-                    "name": name,
-                    "seed": own,
-                    "FVU": card.fvu,
-                    "L0": card.l0,
-                    "dead %": 100 * card.dead,
-                    "agreement": agree,
-                    "concept F1": scores.f1.mean(),
-                    "1-sparse probe %": 100 * scores.balanced.mean(),
-                }
-            )
-    return pd.DataFrame(table)
+        every = {
+            "SAE": sae,
+            "refined, encoder": out.sae,
+            "SAE's dictionary, OMP": SparseCoder(old, sae.b_dec, "omp", k=k),
+            REFINED: SparseCoder(out.coder.W_dec, out.coder.b_dec, "omp", k=k),
+            "random directions, OMP": SparseCoder(W, sae.b_dec, "omp", k=k),
+        }
+        for name, one in every.items():
+            decoders.setdefault(name, []).append(one.W_dec.detach())
+            table += _rows(name, one, data, own)
+    agree = {name: metrics.agreement(Ws) for name, Ws in decoders.items()}
+    frame = pd.DataFrame(table)
+    frame.insert(5, "agreement", frame["name"].map(agree))
+    order = {name: i for i, name in enumerate(frame["name"].unique())}
+    return frame.sort_values("name", key=lambda names: names.map(order), kind="stable")
+
+
+@torch.no_grad()
+def _rows(name: str, one: Any, data: Labelled, seed: int) -> list[dict[str, Any]]:
+    """The scores of one dictionary, and for the refined one those without labels."""
+    card = metrics.scorecard(one, data.held_out, eval_set="held out", name=name)
+    row = {"seed": seed, "FVU": card.fvu, "L0": card.l0, "dead %": 100 * card.dead}
+    z, z_score = one.encode(data.choose), one.encode(data.score)
+    labels = {name: (data.member, data.score_member)}
+    if name == REFINED:
+        shuffled = np.random.default_rng(seed).permutation
+        labels[SHUFFLED] = shuffled(data.member), shuffled(data.score_member)
+    out = []
+    for own, (member, score_member) in labels.items():
+        scores = concept_scores(z, member, z_score, score_member)
+        means = scores.f1.mean(), 100 * scores.balanced.mean()
+        shown = row if own == name else {"seed": seed}
+        out.append({"name": own} | shown)
+        out[-1] |= dict(zip(("concept F1", "1-sparse probe %"), means, strict=True))
+    return out
