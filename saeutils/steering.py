@@ -98,7 +98,7 @@ def lengths_for(
                 return length
             low, high = (length, high) if here < kl else (low, length)
             guess = length * min(max((kl / max(here, 1e-12)) ** 0.5, 0.1), 4.0)
-            if step % 2 and 0 < low and high < float("inf"):
+            if step % 2 and low > 0 and high < float("inf"):
                 guess = (low + high) / 2  # a KL that is no square makes the rest cycle
             elif not low < guess < high:
                 guess = (low + high) / 2 if high < float("inf") else 2 * low
