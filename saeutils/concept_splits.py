@@ -120,7 +120,7 @@ class Absorbed(NamedTuple):
 
     table: "pd.DataFrame"
     """One row an SAE and concept: SAE, name, null, rows (judged), silent and absorbed
-    (shares of these), shuffled (absorbed, with the latents' directions shuffled)."""
+    (in % of these), shuffled (absorbed, with the latents' directions shuffled)."""
     by: "pd.DataFrame"
     """One row a concept, SAE and absorbing latent, most tokens first: concept, SAE,
     latent, tokens (their number), on (the most frequent of them)."""
@@ -164,8 +164,9 @@ def absorbed(
             one = absorption.absorption(z, W, *given, **how)
             null = [absorption.absorption(z, W[o], *given, **how).rate for o in orders]
             row = {"SAE": sae, "name": name, "null": name.startswith(NULL)}
-            row |= {"rows": one.n, "silent": one.silent, "absorbed": one.rate}
-            rows.append(row | {"shuffled": float(np.mean(null))})
+            row |= {"rows": one.n, "silent": 100 * one.silent}
+            row |= {"absorbed": 100 * one.rate, "shuffled": 100 * float(np.mean(null))}
+            rows.append(row)
             for latent in np.unique(one.latents) if not row["null"] else ():
                 on = text[one.rows[one.latents == latent]]
                 kinds, counts = np.unique(on, return_counts=True)

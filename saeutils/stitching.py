@@ -229,7 +229,7 @@ def path(
     rows: Rows,
     steps: Sequence[Step],
     *,
-    points: int = 40,
+    points: int = 24,
     budget: int = BUDGET,
 ) -> "pd.DataFrame":
     """FVU and L0 on the way from SAE A to SAE B, as the steps say.

@@ -56,7 +56,7 @@ def insertions(
                 row=1,
                 col=column,
             )
-    styled(fig, title, subtitle, width=940, height=480)
+    styled(fig, title, subtitle, width=860, height=480)
     fig.update_xaxes(title_text="cosine with the nearest latent", range=[0, 1], col=1)
     fig.update_xaxes(
         title_text="firing rate (share of tokens, log scale)", type="log", col=2
@@ -99,11 +99,11 @@ def stitching_paths(
                 row=1,
                 col=column,
             )
-    styled(fig, title, subtitle, x="latents exchanged (%)", width=940, height=500)
+    styled(fig, title, subtitle, x="latents exchanged (%)", width=860, height=460)
     fig.update_yaxes(title_text="FVU", rangemode="tozero", row=1, col=1)
     fig.update_yaxes(title_text="L0", rangemode="tozero", row=1, col=2)
     fig = legend_below(panel_titles(fig))
-    return fig.update_layout(margin_b=140)
+    return fig.update_layout(margin_b=120)
 
 
 def family_trees(
@@ -156,7 +156,7 @@ def family_trees(
     for i, name in enumerate(columns):
         text = f"<b>{escape(name)}</b>"
         fig.add_annotation(x=i, y=0.9, text=text, showarrow=False, xanchor="left")
-    width = 40 + 330 * len(columns)
+    width = 40 + 265 * len(columns)
     fig.add_scatter(x=[0], y=[0], mode="markers", marker_opacity=0, showlegend=False)
     styled(fig, title, subtitle, width=width, height=int(120 + 46 * (top + 1)))
     fig.update_xaxes(visible=False, range=[-0.03, len(columns) - 0.25])
@@ -180,9 +180,9 @@ def _heights(tree: Sequence[Any], top: float) -> tuple[list[float], float]:
     return height, top
 
 
-def _shown(words: Sequence[str], longest: int = 27) -> str:
+def _shown(words: Sequence[str], longest: int = 24) -> str:
     """As many words as fit, at least one."""
     texts = [word.strip().replace("\n", "⏎") or "␣" for word in words]
     while len(texts) > 1 and len(" ".join(texts)) > longest:
         texts.pop()
-    return escape(" ".join(texts))
+    return escape(" ".join(texts), quote=False)
