@@ -9,30 +9,18 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
-from saeutils import grammar
 from saeutils.context import token_texts
-from saeutils.detection import Member, Scores, Units, agreement
+from saeutils.detection import Scores, Units, agreement
+from saeutils.facts import Facts
 from saeutils.firing_scores import sparse_auc
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from saeutils.stories import Tokens
-
 CONCEPT = "concept"  # the kind of a label that is one concept
 BEST = "best of all"  # whatever kind is best for a latent
-
-
-class Facts(NamedTuple):
-    """What is known of each row."""
-
-    concepts: list[str]
-    member: Member
-    """Which rows carry which concept."""
-    properties: dict[str, Int[np.ndarray, " rows"]]
-    """Kind of label -> category of each row, −1 for none, as {"on": token, …}."""
 
 
 class Counts(NamedTuple):
@@ -144,62 +132,6 @@ def mean_of(scores: Float[np.ndarray, " n"]) -> float:
     """Of those that there are; NaN without any."""
     known = scores[np.isfinite(scores)]
     return float(known.mean()) if len(known) else float("nan")
-
-
-def facts(
-    records: "pd.DataFrame", names: Sequence[str] = (), member: Member | None = None
-) -> Facts:
-    """Tokens and concepts of each row ("on"), and of the row before it ("after").
-
-    Args:
-        records: provenance of the rows (id, position, token).
-        names, member: concepts, where they are known (else None); each comes a second
-            time, as that of the token before.
-    """
-    before, token = row_before(records), records["token"].to_numpy()
-    if member is None:
-        names, member = [], np.zeros((len(token), 0), bool)
-    known = before >= 0
-    both = np.hstack([member, member[before] & known[:, None]])
-    properties = {"on": token, "after": np.where(known, token[before], -1)}
-    return Facts([*names, *(f"after {name}" for name in names)], both, properties)
-
-
-def row_concepts(
-    records: "pd.DataFrame", coded: "Tokens", names: Sequence[str], *, seed: int = 0
-) -> Member:
-    """The concepts of each row of activations of grammar stories, by id and position.
-
-    Args:
-        records: provenance of the rows (id, position).
-        coded: the tokens of the stories that the model was given, not packed.
-        seed: of the grammar's corpus.
-
-    Raises ValueError for a row of a story that is not among them.
-    """
-    spans = dict(zip(coded.documents.tolist(), coded.spans, strict=True))
-    ids, which = np.unique(records["id"].to_numpy(), return_inverse=True)
-    if unknown := set(ids.tolist()) - spans.keys():
-        raise ValueError(f"story {min(unknown)} is not among the {len(spans)} given")
-    position = records["position"].to_numpy()
-    member = np.zeros((len(records), len(names)), bool)
-    order = np.argsort(which, kind="stable")
-    for i, rows in zip(ids.tolist(), np.split(order, _ends(which)), strict=True):
-        carried = grammar.token_concepts(grammar.story(seed, i), spans[i], names)
-        member[rows] = carried[position[rows]]
-    return member
-
-
-def _ends(which: np.ndarray) -> np.ndarray:
-    return np.cumsum(np.bincount(which))[:-1]
-
-
-def row_before(records: "pd.DataFrame") -> Int[np.ndarray, " rows"]:
-    """The row of the token before each row's own in its story; −1 where none is."""
-    keys = records[["id", "position"]]
-    before = keys.assign(position=keys["position"] + 1, row=np.arange(len(keys)))
-    joined = keys.merge(before, on=["id", "position"], how="left")
-    return joined["row"].fillna(-1).to_numpy().astype(np.int64)
 
 
 def count(units: Units, known: Facts) -> Counts:
@@ -352,6 +284,34 @@ def judge(
     with np.errstate(invalid="ignore", divide="ignore"):
         ties = silent * rest / 2 / (true * (units.n_rows - true))
     return Scores(*agreement(hits, said, true), above + ties)
+
+
+def covers(label: Label, known: Facts) -> Bool[np.ndarray, " rows"]:
+    """The rows on which the label says that its latent fires."""
+    if label.kind == CONCEPT:
+        return known.member[:, label.values[0]]
+    return np.isin(known.properties[label.kind], label.values)
+
+
+def coverage(
+    codes: Any, known: Facts, label: Label, parts: int = 4
+) -> Float[np.ndarray, " parts"]:
+    """Share of a latent's firings that its label covers, by strength.
+
+    The firings are sorted by activation, strongest first (equal ones by row), and cut
+    into as many equal parts. NaN where a part is empty.
+
+    Args:
+        codes: a `codes.CodeStore` of the rows that are known.
+
+    Raises ValueError when rows differ in number.
+    """
+    inside = covers(label, known)
+    if len(inside) != len(codes):
+        raise ValueError(f"{len(codes)} rows of activations, facts of {len(inside)}")
+    rows, values = (part.numpy() for part in codes.column(label.latent))
+    order = rows[np.argsort(-values, kind="stable")]
+    return np.array([mean_of(x * 1.0) for x in np.array_split(inside[order], parts)])
 
 
 def deal(labels: Sequence[Label], *, seed: int = 0) -> Int[np.ndarray, " labels"]:

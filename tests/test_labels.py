@@ -10,8 +10,11 @@ from hypothesis import strategies as st
 from sklearn.metrics import f1_score, roc_auc_score
 
 from saeutils import grammar, labels
+from saeutils.baselines import Dictionary
+from saeutils.codes import encode
 from saeutils.examples import Codes
-from saeutils.labels import BEST, Facts, Label
+from saeutils.facts import Facts, row_before, row_concepts, row_facts
+from saeutils.labels import BEST, Label
 from saeutils.stories import stories, tokens
 
 
@@ -43,7 +46,7 @@ def planted(seed, n_stories=30, length=20, vocabulary=12):
         {"id": np.repeat(np.arange(n_stories), length), "token": token}
     ).assign(position=np.tile(np.arange(1, length + 1), n_stories))
     member = g.random((n, 2)) < 0.2
-    known = labels.facts(records, ["a", "b"], member)
+    known = row_facts(records, ["a", "b"], member)
     after = known.properties["after"]
     fires = [np.isin(token, [3, 5]), after == 7, member[:, 1], g.random(n) < 0.1]
     z = np.stack([*fires, np.zeros(n)], 1) * g.uniform(1, 2, (n, 5))
@@ -55,16 +58,16 @@ def planted(seed, n_stories=30, length=20, vocabulary=12):
 
 def test_the_row_before_is_found_by_story_and_position():
     records = pd.DataFrame({"id": [5, 5, 9, 5, 9], "position": [2, 1, 1, 4, 2]})
-    assert labels.row_before(records).tolist() == [1, -1, -1, -1, 2]
+    assert row_before(records).tolist() == [1, -1, -1, -1, 2]
 
 
 def test_facts_of_the_token_before():
     records = pd.DataFrame({"id": [5, 5, 9], "position": [1, 2, 1], "token": [7, 8, 7]})
-    known = labels.facts(records, ["a"], np.array([[True], [False], [False]]))
+    known = row_facts(records, ["a"], np.array([[True], [False], [False]]))
     assert known.concepts == ["a", "after a"]
     assert known.member.tolist() == [[True, False], [False, True], [False, False]]
     assert known.properties["after"].tolist() == [-1, 7, -1]
-    assert labels.facts(records).member.shape == (3, 0)
+    assert row_facts(records).member.shape == (3, 0)
 
 
 def test_concepts_come_by_id_and_position_whatever_the_order():
@@ -79,7 +82,7 @@ def test_concepts_come_by_id_and_position_whatever_the_order():
     ids, position = np.repeat(data.ids, 39)[order], np.tile(np.arange(1, 40), 3)[order]
     records = pd.DataFrame({"id": ids, "position": position})
     names = ["punctuation", "name"]
-    member = labels.row_concepts(records, coded, names)
+    member = row_concepts(records, coded, names)
     for i, (story, place) in enumerate(zip(ids, position, strict=True)):
         row = data.ids.tolist().index(story)
         start, stop = coded.spans[row][place]
@@ -91,7 +94,7 @@ def test_concepts_come_by_id_and_position_whatever_the_order():
         truth = [any(name in w.concepts for w in words) for name in names]
         assert member[i].tolist() == truth
     with pytest.raises(ValueError, match="story 7 is not among"):
-        labels.row_concepts(records.assign(id=7), coded, names)
+        row_concepts(records.assign(id=7), coded, names)
 
 
 # --- labels -------------------------------------------------------------------
@@ -131,7 +134,7 @@ def test_the_order_of_rows_does_not_matter(seed):
     results = []
     for index in (np.arange(len(z)), order):
         mine = records.iloc[index].reset_index(drop=True)
-        here = labels.facts(mine, ["a", "b"], member[index])
+        here = row_facts(mine, ["a", "b"], member[index])
         codes = Codes(None, z[index], budget=4 * 5 * 50)
         made = labels.automatic_labels(labels.count(codes, here), least=3)
         results.append((made, labels.judge(codes, here, made)))
@@ -189,6 +192,30 @@ def test_a_token_that_does_not_occur_covers_no_row():
     assert np.isnan(got.f1[0]) and np.isnan(got.auc[0])
 
 
+def test_a_label_can_hold_for_strong_firings_alone(tmp_path):
+    token = np.array([3] * 4 + [5] * 8 + [6] * 4)
+    z = torch.zeros(16, 2)
+    z[:12, 0] = torch.arange(12.0, 0, -1)
+    records = pd.DataFrame({"id": [0] * 16, "position": range(16), "token": token})
+    known = row_facts(records, ["a"], (token == 5)[:, None])
+    order = np.random.default_rng(0).permutation(16)  # of rows: does not matter
+    for index in (np.arange(16), order):
+        here = row_facts(
+            records.iloc[index].reset_index(drop=True), ["a"], known.member[index, :1]
+        )
+        sae = Dictionary(torch.eye(2), torch.zeros(2), signed=False)
+        codes = encode(sae, z[index], tmp_path / f"{index[0]}", progress=False)
+        strong = labels.coverage(codes, here, Label(0, "on", (3, 6), 0.0), 3)
+        assert strong.tolist() == [1, 0, 0]
+        weak = labels.coverage(codes, here, Label(0, labels.CONCEPT, (0,), 0.0), 3)
+        assert weak.tolist() == [0, 1, 1]
+        silent = labels.coverage(codes, here, Label(1, "on", (3,), 0.0))
+        assert np.isnan(silent).all()
+    with pytest.raises(ValueError, match="16 rows of activations, facts of 15"):
+        fewer = row_facts(records.iloc[:15])
+        labels.coverage(codes, fewer, Label(0, "on", (3,), 0.0))
+
+
 def test_bad_input_is_refused(unchecked):
     z, known, _ = planted(0)
     codes, made = Codes(None, z), [Label(0, "on", (3,), 1.0), Label(1, "on", (3,), 1.0)]
@@ -208,7 +235,7 @@ def test_bad_input_is_refused(unchecked):
 def test_labels_of_concepts_say_nothing_where_concepts_are_not_known():
     z, known, records = planted(0)
     made = labels.automatic_labels(labels.count(Codes(None, z), known))
-    bare = labels.facts(records)
+    bare = row_facts(records)
     got = labels.judge(Codes(None, z), bare, made)
     assert got.f1[0] == got.f1[1] == 1 and np.isnan(got.f1[2])
     assert list(labels.by_kind(*[Codes(None, z)] * 2, (bare, bare))) == [
