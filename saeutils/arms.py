@@ -20,7 +20,7 @@ from saeutils import detection, grammar, interventions, language
 from saeutils.activations import save_activations
 from saeutils.detection import Member
 from saeutils.examples import Codes
-from saeutils.labels import row_before, row_concepts
+from saeutils.facts import row_before, row_concepts
 from saeutils.splicing import edited
 from saeutils.store import ActivationStore, as_store
 from saeutils.stories import StoryData, Tokens, tokens

@@ -8,6 +8,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from saeutils.plots.style import (
+    INK,
     LINES,
     NULL,
     array,
@@ -59,10 +60,10 @@ def shifted_tokens(
             name=name,
             mode="markers",
             marker=dict(
-                size=11,
-                symbol=_SYMBOLS[i % len(_SYMBOLS)],
-                color=NULL if i == 0 else LINES[(i - 1) % len(LINES)],
-                line=dict(color="white", width=1),
+                size=11 if i else 16,
+                symbol=_SYMBOLS[i % len(_SYMBOLS)] if i else "circle-open",
+                color=LINES[(i - 1) % len(LINES)] if i else INK,
+                line=dict(color="white", width=1) if i else dict(width=2),
             ),
         )
     fig.update_yaxes(
@@ -256,18 +257,38 @@ def ranges(
             ),
             marker=dict(size=8, symbol=_SYMBOLS[i % len(_SYMBOLS)]),
         )
-    for name, value in (levels or {}).items():
-        fig.add_hline(
-            y=value,
-            line=dict(color=NULL, dash="dot"),
-            annotation=dict(text=name, font_color=NULL),
-            annotation_position="top left",
+    for value, name in _together(levels or {}).items():
+        fig.add_hline(y=value, line=dict(color=NULL, dash="dot"))
+        fig.add_annotation(
+            x=0,
+            xref="paper",
+            y=np.log10(value) if log_y else value,
+            text=name,
+            font_color=NULL,
+            showarrow=False,
+            xanchor="left",
+            yanchor="bottom",
         )
-    fig.update_xaxes(type="log")
+    at = sorted(set(frame["x"]))
+    fig.update_xaxes(type="log", tickvals=at, ticktext=[f"{v:.2g}" for v in at])
+    if max(at) >= 100:
+        fig.update_xaxes(ticktext=[f"{v:g}" for v in at])
     if log_y:
         fig.update_yaxes(type="log", dtick=1)
     styled(fig, title, subtitle, x=x, y=y, width=820, height=500)
     return legend_below(fig)
+
+
+def _together(levels: Mapping[str, float], near: float = 0.03) -> dict[float, str]:
+    """Levels so close that their names would overlap, as one: value -> names."""
+    out: dict[float, str] = {}
+    for name, value in sorted(levels.items(), key=lambda item: item[1]):
+        last = next(reversed(out), None)
+        if last is not None and abs(value - last) <= near:
+            out[last] += f"; {name}"
+        else:
+            out[value] = name
+    return out
 
 
 def success_rates(
