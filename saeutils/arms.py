@@ -7,6 +7,7 @@ is a difference of means, which needs labels but no SAE; and random directions.
 
 import re
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -36,20 +37,25 @@ _WORD = re.compile(r"[a-z]+(?:'[a-z]+)?")
 # --- words and concepts ---------------------------------------------------
 
 
-def words_of(concept: str, *, n: int = 1_000, seed: int = 0) -> frozenset[str]:
+def words_of(concept: str, *, n: int = 500, seed: int = 0) -> frozenset[str]:
     """The words that carry a concept in the first n stories of the grammar, lower case.
 
     Raises ValueError for a concept that none of them carries.
     """
-    found = {
-        word.text.lower()
-        for story in grammar.stories(n, seed=seed)
-        for word in story.words
-        if concept in word.concepts
-    }
-    if not found:
+    found = _carriers(n, seed)
+    if concept not in found:
         raise ValueError(f"no word of {n} grammar stories carries {concept!r}")
-    return frozenset(found)
+    return frozenset(found[concept])
+
+
+@cache
+def _carriers(n: int, seed: int) -> dict[str, set[str]]:
+    found: dict[str, set[str]] = {}
+    for story in grammar.stories(n, seed=seed):
+        for word in story.words:
+            for concept in word.concepts:
+                found.setdefault(concept, set()).add(word.text.lower())
+    return found
 
 
 def contains(texts: Sequence[str], words: frozenset[str]) -> Bool[np.ndarray, " n"]:
@@ -143,11 +149,12 @@ def latents_by_rule(
     """
     import pandas as pd
 
-    parts, records = [], score.store.provenance
+    records, parts = score.store.provenance, []
+    own_places = [records[name].to_numpy() for name in ("id", "position")]
     for rule in RULES:
         truth = getattr(score, rule)
         found = detection.best_units(Codes(sae, choose.store), getattr(choose, rule))
-        null = detection.of_other_stories(truth, records["id"], records["position"])
+        null = detection.of_other_stories(truth, *own_places)
         f1, chance = (
             detection.score(Codes(sae, score.store), member, found).f1
             for member in (truth, null)
@@ -174,7 +181,7 @@ def ablation_costs(
     kept = score.coded.documents[:n_stories]
     some = records[records["id"].isin(kept)]
     story = {document: i for i, document in enumerate(kept.tolist())}
-    at = some["id"].map(story).to_numpy(), some["position"].to_numpy()
+    at = some["id"].map(story).to_numpy(copy=True), some["position"].to_numpy(copy=True)
     pair = language.next_tokens(model, score.coded)
     pair = tuple(part[:n_stories, : at[1].max() + 2] for part in pair)
     clean = language.loss_by_token(model, pair)[at]
@@ -185,7 +192,8 @@ def ablation_costs(
             added = (language.loss_by_token(model, pair)[at] - clean).numpy()
         word = score.before[some.index, concepts.index(concept)]
         for column, where in zip(costs, (word, ~word), strict=True):
-            costs[column].append(float(np.nanmean(added[where])))
+            mean = float(np.nanmean(added[where])) if where.any() else np.nan
+            costs[column].append(mean)
     return chosen.assign(**costs)
 
 

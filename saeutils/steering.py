@@ -243,7 +243,8 @@ def wilson(hits: int | np.integer, n: int, level: float = 0.95) -> tuple[float, 
     z, share = norm.ppf((1 + level) / 2), hits / n
     centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z / (1 + z**2 / n) * (share * (1 - share) / n + z**2 / (4 * n**2)) ** 0.5
-    return float(max(0, centre - half)), float(min(1, centre + half))
+    low, high = max(0, centre - half), min(1, centre + half)
+    return float(min(low, share)), float(max(high, share))
 
 
 class Continued(NamedTuple):
@@ -298,7 +299,7 @@ def write(
     )
 
 
-def success(written: Continued, words: frozenset[str]) -> dict[str, float]:
+def success(written: Continued, words: frozenset[str]) -> dict[str, int | float]:
     """Share of texts with a word of the concept, its interval, and mean damage.
 
     Returns n, hits, rate, low, high (Wilson, 95 %), nats, nats_error (1.96 standard
