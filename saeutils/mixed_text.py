@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from saeutils import grammar
 from saeutils.context import token_texts
-from saeutils.labels import row_concepts
+from saeutils.facts import row_concepts
 from saeutils.stories import StoryData, tokens
 from saeutils.story_rows import story_rows
 
