@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 LEVELS, PER_OCTAVE = 16, 3  # thresholds: 0, and the maximum · 2^(−j / 3), j = 1 … 15
+BLOCK = 2**19  # entries worked on at once
 SHUFFLED = "shuffled stories"  # the null's name
 Member = Bool[np.ndarray, "rows concepts"]
 
@@ -51,11 +52,11 @@ class Categories:
 
     levels = 1  # no other threshold than 0
 
-    def __init__(self, ids: Int[np.ndarray, " rows"], n: int) -> None:
-        self.ids, self.n_rows, self.d_sae = ids, len(ids), n
+    def __init__(self, ids: Any, n: int) -> None:
+        self.ids, self.n_rows, self.d_sae = np.asarray(ids, np.int64), len(ids), n
 
     def __iter__(self) -> Iterator[Firings]:
-        ids = torch.from_numpy(np.asarray(self.ids, dtype=np.int64))
+        ids = torch.from_numpy(self.ids.copy())
         yield Firings(torch.arange(len(ids)), ids, torch.ones(len(ids)))
 
 
@@ -94,22 +95,18 @@ def best_units(units: Units, member: Member) -> Detectors:
 
     _same_rows(units, len(member))
     largest = np.zeros(units.d_sae)
-    for _, unit, value in units:
-        np.maximum.at(largest, unit.numpy(), value.numpy())
+    for _, unit, value in _blocks(units):
+        np.maximum.at(largest, unit, value)
     scale = np.where(largest > 0, largest, 1)
     levels = getattr(units, "levels", LEVELS)
     width, concepts = units.d_sae * levels, member.shape[1]
     hits = np.zeros((concepts, width), np.int32)
     fired = np.zeros(width, np.int64)
-    for row, unit, value in units:
-        positive = value > 0
-        row, unit = row[positive].numpy(), unit[positive].numpy()
-        ratio = value[positive].numpy() / scale[unit]
+    for row, unit, value in _blocks(units):
+        ratio = value / scale[unit]
         # Level j holds (2^(−(j+1)/3), 2^(−j/3)] of the maximum; the last one the rest.
         level = np.floor(-PER_OCTAVE * np.log2(ratio) + 1e-9).astype(np.int64)
         key = unit * levels + np.minimum(level, levels - 1)
-        if not len(row):
-            continue
         first = row[0]
         local = (np.ones(len(row), np.int32), (row - first, key))
         fires = csr_matrix(local, shape=(row[-1] - first + 1, width))
@@ -129,6 +126,15 @@ def best_units(units: Units, member: Member) -> Detectors:
         for array, value in zip(out, (unit, threshold, f1[unit, back]), strict=True):
             array[c] = value
     return Detectors(*out)
+
+
+def _blocks(units: Units) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """What is positive, in order of rows, at most BLOCK entries at a time."""
+    for row, unit, value in units:
+        for part in zip(*(x.split(BLOCK) for x in (row, unit, value)), strict=True):
+            positive = part[2] > 0
+            if positive.any():
+                yield tuple(x[positive].numpy() for x in part)
 
 
 def _edge(level: Any) -> float:
@@ -218,7 +224,7 @@ def compare(
     score_on: Member,
     names: Sequence[str],
     *,
-    places: tuple[Any, Any] | None = None,
+    places: Sequence[Any] = (),
     seed: int = 0,
 ) -> "pd.DataFrame":
     """The best unit of each kind for each concept: one row a (kind, concept).
@@ -242,7 +248,7 @@ def compare(
             f"{len(names)} names for {choose.shape[1]} and {score_on.shape[1]} concepts"
         )
     runs = [(name, pair, (choose, score_on)) for name, pair in units.items()]
-    if places is not None:
+    if len(places):
         dealt = [
             of_other_stories(member, *frame[["id", "position"]].to_numpy().T, seed=seed)
             for member, frame in zip((choose, score_on), places, strict=True)

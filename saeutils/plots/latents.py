@@ -235,8 +235,10 @@ def concept_scores(
         dtick=1,
         range=[-0.7, len(frame) - 0.3],
     )
-    styled(fig, title, subtitle, x=x, height=200 + 17 * len(frame))
+    height = 230 + 17 * len(frame)
+    styled(fig, title, subtitle, x=x, height=height)
     fig.update_layout(
-        legend=dict(orientation="h", x=0, y=0, yref="container", yanchor="bottom")
+        legend=dict(orientation="h", x=0, y=0, yref="container", yanchor="bottom"),
+        title=dict(y=1 - 20 / height, yanchor="top", yref="container"),
     )
-    return fig.update_layout(margin=dict(t=130 if subtitle else 100, b=60))
+    return fig.update_layout(margin=dict(t=130 if subtitle else 110, b=60))
