@@ -16,7 +16,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from saeutils.codes import sae_fingerprint
 from saeutils.storage import Folder, explained
 
 if TYPE_CHECKING:
@@ -43,8 +42,14 @@ class Notes(Mapping[int, str]):
         self, path: str | Path, sae: Any, *, about: str = "", d_sae: int | None = None
     ) -> None:
         self.path = Path(path)
-        self.sae = sae if isinstance(sae, str) else sae_fingerprint(sae)
-        self.d_sae = len(sae.W_dec) if d_sae is None else d_sae
+        if isinstance(sae, str):
+            if d_sae is None:
+                raise ValueError("a fingerprint alone: say how many latents, d_sae=…")
+            self.sae, self.d_sae = sae, d_sae
+        else:
+            from saeutils.codes import sae_fingerprint
+
+            self.sae, self.d_sae = sae_fingerprint(sae), len(sae.W_dec)
         self.about = about
         self._read()
 

@@ -198,6 +198,8 @@ def test_two_writers_lose_none_of_each_other(path):
 
 
 def test_a_latent_that_is_not_there_is_refused(path):
+    with pytest.raises(ValueError, match="say how many latents"):
+        Notes(path, "f" * 64)
     notes = Notes(path, sae())
     for latent in (-1, 6):
         with pytest.raises(ValueError, match=r"not in 0\.\.5"):
