@@ -13,7 +13,6 @@ from saeutils.plots.style import (
     NULL,
     array,
     legend_below,
-    name_lines,
     panel_titles,
     styled,
 )
@@ -345,8 +344,15 @@ def success_rates(
             fig.add_hline(y=1 - j * block, line=dict(color="#DDDDDD", width=1))
     height = 230 + 17 * block * len(concepts)
     styled(fig, title, subtitle, width=900, height=height)
-    name_lines(fig, lines)
-    fig.update_yaxes(range=[1.4 - block * len(concepts), 0.8], showgrid=False)
+    fig.update_yaxes(
+        tickvals=list(lines.values()),
+        ticktext=list(lines),
+        range=[1.4 - block * len(concepts), 0.8],
+        automargin=True,
+        showgrid=False,
+        zeroline=False,
+        ticksuffix="  ",
+    )
     fig.update_xaxes(rangemode="tozero")
     fig.update_xaxes(range=[-0.02, 1.02], col=1)
     return panel_titles(legend_below(fig))
