@@ -115,7 +115,7 @@ def labelled_stories(
     Returns: the activations, and the names of the concepts.
     """
     from saeutils import grammar
-    from saeutils.labels import row_concepts
+    from saeutils.facts import row_concepts
     from saeutils.stories import stories, tokens
     from saeutils.story_rows import story_rows
 

@@ -129,7 +129,7 @@ def refine(
             }
         )
     coder = SparseCoder(W, b, penalty=penalty * size)
-    fitted = fit_encoder(coder, store, seed=seed) if encoder else None
+    fitted = fit_encoder(coder, store, batch=batch, seed=seed) if encoder else None
     return Refined(coder, fitted, pd.DataFrame(history))
 
 
