@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 RULES = ("on", "before")
+CONTEXT = 256  # tokens of a story at most, unless told otherwise
 _WORD = re.compile(r"[a-z]+(?:'[a-z]+)?")
 
 
@@ -81,16 +82,20 @@ def labelled(
     concepts: Sequence[str],
     path: str | Path,
     *,
+    context: int = CONTEXT,
     batch_size: int = 32,
 ) -> Labelled:
     """Saves the activations at a hook on grammar stories (of seed 0) under `path`.
+
+    Args:
+        context: tokens of a story at most.
 
     Raises ValueError for an unknown hook or concept.
     """
     if unknown := sorted(set(concepts) - set(grammar.concepts())):
         raise ValueError(f"no such concept: {unknown}; there are {grammar.concepts()}")
-    coded = tokens(data, model.tokenizer, model.cfg.n_ctx)
-    store = saved(model, hook, data, path, batch_size=batch_size)
+    coded = tokens(data, model.tokenizer, context)
+    store = saved(model, hook, data, path, context=context, batch_size=batch_size)
     on = row_concepts(store.provenance, coded, concepts)
     return Labelled(store, coded, on, next_concepts(on, store.provenance))
 
@@ -101,6 +106,7 @@ def saved(
     data: StoryData | Sequence[StoryData],
     path: str | Path,
     *,
+    context: int = CONTEXT,
     batch_size: int = 32,
 ) -> ActivationStore:
     """The activations at a hook on all tokens of stories, with id and position.
@@ -110,7 +116,7 @@ def saved(
     if not isinstance(data, StoryData):
         texts = [text for part in data for text in part.texts]
         data = StoryData(texts, np.arange(len(texts)), data[0].split, "several")
-    coded = tokens(data, model.tokenizer, model.cfg.n_ctx)
+    coded = tokens(data, model.tokenizer, context)
     return save_activations(
         model,
         coded.ids,

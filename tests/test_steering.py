@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_interventions import HOOKS, IDS, D, make_sae, neo  # noqa: F401
+from test_interventions import CONTEXT, HOOKS, IDS, D, make_sae, neo  # noqa: F401
 
 from saeutils import arms, grammar, steering
 from saeutils import interventions as iv
@@ -245,7 +245,7 @@ def data(neo, tmp_path_factory):  # noqa: F811
     concepts = ["noun", "pronoun", "punctuation"]
     parts = made.take(slice(6)), made.take(slice(6, None))
     return concepts, *(
-        arms.labelled(neo, HOOK, part, concepts, root / str(i))
+        arms.labelled(neo, HOOK, part, concepts, root / str(i), context=CONTEXT)
         for i, part in enumerate(parts)
     )
 
@@ -296,7 +296,7 @@ def test_an_ablation_of_what_never_fires_costs_nothing(data, neo):  # noqa: F811
 
 def test_several_corpora_are_numbered_anew(neo, tmp_path):  # noqa: F811
     made = stories("train", "grammar", n=3)
-    store = arms.saved(neo, HOOK, [made, made.take([0, 2])], tmp_path)
+    store = arms.saved(neo, HOOK, [made, made.take([0, 2])], tmp_path, context=CONTEXT)
     assert sorted(set(store.provenance["id"])) == [0, 1, 2, 3, 4]
 
 
