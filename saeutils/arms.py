@@ -213,7 +213,7 @@ def directions(
     "latent (before)", "means (before)"; and "random", n_random rows."""
     arms = {}
     for rule in RULES:
-        latents = chosen.loc[chosen["rule"] == rule, "latent"].to_numpy()
+        latents = chosen.loc[chosen["rule"] == rule, "latent"].tolist()
         arms[f"latent ({rule})"] = sae.W_dec[latents].detach()
         means = difference_of_means(choose.store, getattr(choose, rule))
         arms[f"means ({rule})"] = means
