@@ -354,11 +354,16 @@ def encode(
 
 
 def sae_fingerprint(sae: Any) -> str:
-    """sha256 (hex) over class, configuration and parameters of an SAE or baseline."""
+    """sha256 (hex) over class, configuration and parameters of an SAE or baseline.
+
+    Device and metadata are left out: the same SAE elsewhere, or loaded, is the same.
+    """
     parts = {**vars(sae)}
     if isinstance(sae, nn.Module):
         config = getattr(sae, "cfg", None)
-        parts = {**sae.state_dict(), "cfg": config.to_dict() if config else None}
+        config = config.to_dict() if config else {}
+        kept = {k: v for k, v in config.items() if k not in ("device", "metadata")}
+        parts = {**sae.state_dict(), "cfg": kept}
     digest = hashlib.sha256(type(sae).__qualname__.encode())
     for name, part in sorted(parts.items()):
         digest.update(name.encode())

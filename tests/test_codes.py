@@ -245,6 +245,21 @@ def test_fingerprint_of_an_sae():
     assert sae_fingerprint(Sae()) != sae_fingerprint(other)
 
 
+def test_an_sae_has_the_same_fingerprint_loaded_and_on_another_device(tmp_path):
+    from sae_lens import TopKSAE, TopKSAEConfig
+
+    from saeutils.sae import load
+    from saeutils.sae import save as save_sae
+
+    sae = TopKSAE(TopKSAEConfig(d_in=4, d_sae=8, k=2))
+    before = sae_fingerprint(sae)
+    sae.cfg.device = "cuda"
+    assert sae_fingerprint(sae) == before
+    sae.cfg.device = "cpu"
+    save_sae(sae, tmp_path / "sae")
+    assert sae_fingerprint(load(tmp_path / "sae")) == before
+
+
 def test_size_on_disk_is_that_of_the_entries(tmp_path, monkeypatch):
     monkeypatch.setattr(saeutils.codes, "SHARD_ENTRIES", 2**17)
     codes = save(tmp_path, Sae(d_sae=300, k=32), rows(20_000), dense_bytes=2**21)
