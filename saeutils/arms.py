@@ -111,7 +111,9 @@ def saved(
 ) -> ActivationStore:
     """The activations at a hook on all tokens of stories, with id and position.
 
-    Of several corpora the stories follow one another, and are numbered anew.
+    They lie under `path` in a folder named after the stories and the context, so that
+    other stories find a place of their own, and the same ones are read back. Of
+    several corpora the stories follow one another, and are numbered anew.
     """
     if not isinstance(data, StoryData):
         texts = [text for part in data for text in part.texts]
@@ -121,7 +123,7 @@ def saved(
         model,
         coded.ids,
         hook,
-        path,
+        Path(path) / f"{data.fingerprint[:12]}-{context}",
         provenance={"id": coded.documents},
         batch_size=batch_size,
         progress=False,
