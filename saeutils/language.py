@@ -20,12 +20,11 @@ from torch import Tensor, nn
 from saeutils.models import evaluate, evaluation_mode, hook_point
 from saeutils.splicing import edited
 from saeutils.stories import Tokens
-from saeutils.story_models import check_tokens
+from saeutils.story_models import check_tokens, word_token
 from saeutils.streaming import RunningMoments
 
 if TYPE_CHECKING:
     import pandas as pd
-    from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100  # the label of a position where nothing is to be predicted
 Pair = tuple[Int64[Tensor, "n context"], Int64[Tensor, "n context"]]
@@ -263,7 +262,7 @@ def forced_choices(
     Raises ValueError for a word of several tokens, and where neither occurs.
     """
     ids, labels = pair
-    coded = [[_token(model.tokenizer, word) for word in words] for words in choices]
+    coded = [[word_token(model.tokenizer, word) for word in words] for words in choices]
     device = next(model.parameters()).device
     counts = torch.zeros(len(choices), 3, dtype=torch.int64)  # right, first word, all
     with evaluation_mode(model):
@@ -283,15 +282,6 @@ def forced_choices(
             )
         found.append(Choice(words, right / n, max(first, n - first) / n, n))
     return found
-
-
-def _token(tokenizer: "PreTrainedTokenizerBase", word: str) -> int:
-    """The token of a word in the middle of a sentence."""
-    alone = tokenizer.encode("x", add_special_tokens=False)
-    both = tokenizer.encode(f"x {word}", add_special_tokens=False)
-    if both[:-1] != alone:
-        raise ValueError(f"{word!r} is not a single token of this tokenizer")
-    return both[-1]
 
 
 class Bigram:
