@@ -14,6 +14,7 @@ from saeutils.plots.style import (
     array,
     legend_below,
     panel_titles,
+    spread,
     styled,
 )
 
@@ -240,13 +241,7 @@ def ranges(
         fig.add_scatter(
             x=list(mean.index),
             y=array(mean),
-            error_y=dict(
-                array=array(runs.max() - mean),
-                arrayminus=array(mean - runs.min()),
-                thickness=1.5,
-                width=4,
-                visible=bool((runs.size() > 1).any()),
-            ),
+            error_y=spread(runs),
             name=str(name),
             mode="lines+markers",
             line=dict(

@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
-from plotly.colors import sample_colorscale
 from plotly.subplots import make_subplots
 
 from saeutils.plots.style import (
@@ -17,9 +16,7 @@ from saeutils.plots.style import (
     panel_titles,
     styled,
 )
-
-GROUND = ["#FFFFFF", "#FDD49E", "#EF6548"]  # of a token, by its value
-_CHARACTER, _LINE = 7.9, 21  # pixels of a monospaced character of 13 pixels
+from saeutils.plots.text import Page, escaped
 
 
 def highlighted(
@@ -41,73 +38,22 @@ def highlighted(
     """
     every = np.concatenate([array(values).ravel() for _, values in texts.values()])
     high = high or float(np.nanpercentile(every, 99)) or 1.0
-    fig, y = go.Figure(), 0.0
-    xs, ys, shown, hovers = [], [], [], []
+    page, y = Page(), 0.0
     for heading, (tokens, values) in texts.items():
-        fig.add_annotation(
-            x=0, y=y, text=f"<b>{heading}</b>", showarrow=False, xanchor="left"
-        )
+        page.note(0, y, f"<b>{heading}</b>", "left")
         y, x = y + 1, 0
         for token, value in zip(tokens, array(values), strict=True):
             text = token.replace("\n", "⏎")
             if x + len(text) > columns:
                 y, x = y + 1, 0
-            if np.isfinite(value) and value > 0:
-                colour = sample_colorscale(GROUND, min(float(value) / high, 1.0))[0]
-                fig.add_shape(
-                    type="rect",
-                    x0=x,
-                    x1=x + len(text),
-                    y0=y - 0.45,
-                    y1=y + 0.45,
-                    fillcolor=colour,
-                    line_width=0,
-                    layer="below",
-                )
-            xs.append(x)
-            ys.append(y)
-            shown.append(escaped(text))
-            hovers.append(f"{escaped(text)}: {value:.2f} {unit}")
+            hover = f"{escaped(text)}: {value:.2f} {unit}"
+            page.word(x, y, text, float(value) / high, hover)
             x += len(text)
             if "\n" in token:
                 y, x = y + 1, 0
         y += 1.6
-    fig.add_scatter(
-        x=xs,
-        y=ys,
-        mode="text",
-        text=shown,
-        textposition="middle right",
-        textfont=dict(family="DejaVu Sans Mono, Courier New, monospace", size=13),
-        hovertext=hovers,
-        hoverinfo="text",
-        showlegend=False,
-    )
-    fig.add_scatter(  # carries the colour bar
-        x=[None],
-        y=[None],
-        mode="markers",
-        marker=dict(
-            colorscale=GROUND,
-            cmin=0,
-            cmax=high,
-            color=[0],
-            colorbar=colour_bar(unit),
-            showscale=True,
-        ),
-        showlegend=False,
-    )
-    height, width = int(120 + _LINE * y), int(150 + _CHARACTER * columns)
-    fig = styled(fig, title, subtitle, width=width, height=height)
-    fig.update_xaxes(visible=False, range=[-0.5, columns + 1])
-    fig.update_yaxes(visible=False, range=[y - 0.6, -0.8])
-    return fig.update_layout(margin=dict(l=20, b=15))
-
-
-def escaped(text: str) -> str:
-    """As plotly shows it: its mark-up off, blanks at the ends kept."""
-    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return text.replace(" ", "\u00a0")
+    sizes = dict(columns=columns, lines=y, above=120)
+    return page.figure(title, subtitle, **sizes, unit=unit, high=high)
 
 
 def curves(

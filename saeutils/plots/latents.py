@@ -5,21 +5,17 @@ from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
-from plotly.colors import sample_colorscale
 from plotly.subplots import make_subplots
 
-from saeutils.plots.language import GROUND, escaped
 from saeutils.plots.style import (
     INK,
     LINES,
     NULL,
     array,
-    colour_bar,
     panel_titles,
     styled,
 )
-
-_CHARACTER, _LINE = 7.9, 21  # pixels of a monospaced character of 13 pixels
+from saeutils.plots.text import Page, escaped
 
 
 def contexts(
@@ -40,83 +36,31 @@ def contexts(
             token in question), as `reading.snippets` gives them; groups together.
         left, right: characters before that token, and from it on; the rest is cut.
     """
-    fig, y = go.Figure(), 0.0
-    xs, ys, shown, hovers = [], [], [], []
+    page, y = Page(), 0.0
     for heading, rows in sections.items():
-        _note(fig, 0, y, f"<b>{heading}</b>", "left")
+        page.note(0, y, f"<b>{heading}</b>", "left")
         high = max((float(array(values).max()) for _, _, values, _ in rows), default=1)
         y, last = y + 1.1, None
         for group, tokens, values, place in rows:
             values = array(values)
             if group != last:
                 y += 0.25 if last is not None else 0
-                _note(fig, 0, y, group, "left", size=11)
+                page.note(0, y, group, "left", font_size=11)
                 last = group
-            _note(fig, 17.5, y, f"{values[place]:.2f}", "right", size=11)
+            page.note(17.5, y, f"{values[place]:.2f}", "right", font_size=11)
             texts = [token.replace("\n", "⏎") for token in tokens]
             start = 19 + left - sum(map(len, texts[:place]))
             for text, value in zip(texts, values, strict=True):
                 x, start = start, start + len(text)
-                if x < 19 or start > 19 + left + right:
-                    continue
-                if value > 0:
-                    ground = sample_colorscale(GROUND, min(float(value) / high, 1.0))
-                    fig.add_shape(
-                        type="rect",
-                        x0=x,
-                        x1=start,
-                        y0=y - 0.45,
-                        y1=y + 0.45,
-                        fillcolor=ground[0],
-                        line_width=0,
-                        layer="below",
-                    )
-                xs.append(x)
-                ys.append(y)
-                shown.append(escaped(text))
-                hovers.append(f"{escaped(text)}: {value:.2f}")
+                if x >= 19 and start <= 19 + left + right:
+                    hover = f"{escaped(text)}: {value:.2f}"
+                    share = float(value) / high if value > 0 else 0.0
+                    page.word(x, y, text, share, hover)
             y += 1
         y += 0.9
-    fig.add_scatter(
-        x=xs,
-        y=ys,
-        mode="text",
-        text=shown,
-        textposition="middle right",
-        textfont=dict(family="DejaVu Sans Mono, Courier New, monospace", size=13),
-        hovertext=hovers,
-        hoverinfo="text",
-        showlegend=False,
-    )
-    bar = colour_bar("of the largest", len=220, lenmode="pixels", y=1, yanchor="top")
-    fig.add_scatter(  # carries the colour bar
-        x=[None],
-        y=[None],
-        mode="markers",
-        marker=dict(
-            colorscale=GROUND, cmin=0, cmax=1, color=[0], colorbar=bar, showscale=True
-        ),
-        showlegend=False,
-    )
-    columns = 19 + left + right
-    width, height = int(150 + _CHARACTER * columns), int(130 + _LINE * y)
-    fig = styled(fig, title, subtitle, width=width, height=height)
-    fig.update_xaxes(visible=False, range=[-0.5, columns + 1])
-    fig.update_yaxes(visible=False, range=[y - 0.6, -0.8])
-    return fig.update_layout(margin=dict(l=20, b=15))
-
-
-def _note(
-    fig: go.Figure,
-    x: int | float,
-    y: int | float,
-    text: str,
-    anchor: str,
-    size: int = 13,
-) -> None:
-    fig.add_annotation(
-        x=x, y=y, text=text, showarrow=False, xanchor=anchor, font_size=size
-    )
+    sizes = dict(columns=19 + left + right, lines=y, above=130)
+    bar = dict(len=220, lenmode="pixels", y=1, yanchor="top")
+    return page.figure(title, subtitle, **sizes, unit="of the largest", **bar)
 
 
 def latent_profiles(

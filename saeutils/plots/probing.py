@@ -15,6 +15,7 @@ from saeutils.plots.style import (
     colour_bar,
     legend_below,
     panel_titles,
+    spread,
     styled,
 )
 
@@ -38,12 +39,7 @@ def sparse_probes(
         fig.add_scatter(
             x=list(mean.index),
             y=array(mean),
-            error_y=dict(
-                array=array(runs.max() - mean),
-                arrayminus=array(mean - runs.min()),
-                thickness=1.5,
-                width=4,
-            ),
+            error_y=spread(runs),
             name=str(name),
             mode="lines+markers",
             line=dict(

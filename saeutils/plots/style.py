@@ -100,3 +100,15 @@ def name_lines(fig: go.Figure, line: Mapping[str, int]) -> go.Figure:
 def array(x: Any) -> np.ndarray:
     """A numpy array of a tensor, an array, a column or a list."""
     return x.detach().cpu().numpy() if hasattr(x, "detach") else np.asarray(x)
+
+
+def spread(runs: Any) -> dict[str, Any]:
+    """Error bars from the mean of each group of runs (of pandas) to its extremes."""
+    mean = runs.mean()
+    return dict(
+        array=array(runs.max() - mean),
+        arrayminus=array(mean - runs.min()),
+        thickness=1.5,
+        width=4,
+        visible=bool((runs.size() > 1).any()),
+    )
