@@ -215,15 +215,13 @@ def one_map(
 
     Source: McInnes, Healy and Melville, 2018.
     """
+    from threadpoolctl import threadpool_limits
     from umap import UMAP
 
     rows = torch.cat(list(groups.values())).numpy()
-    threads = torch.get_num_threads()  # numba's threads are torch's, too
-    try:
-        how = dict(metric="cosine", random_state=seed, n_jobs=1)
+    how = dict(metric="cosine", random_state=seed, n_jobs=1)
+    with threadpool_limits(user_api="openmp"):  # numba's threads are torch's, too
         points = UMAP(n_neighbors=min(15, len(rows) - 1), **how).fit_transform(rows)
-    finally:
-        torch.set_num_threads(threads)
     ends = np.cumsum([len(group) for group in groups.values()])[:-1]
     return dict(zip(groups, np.split(points, ends), strict=True))
 

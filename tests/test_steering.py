@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from test_interventions import CONTEXT, HOOKS, IDS, D, make_sae, neo  # noqa: F401
+from threadpoolctl import threadpool_limits
 
 from saeutils import arms, grammar, steering
 from saeutils import interventions as iv
@@ -193,7 +194,7 @@ class FakeUMAP:
         assert options["metric"] == "cosine" and options["random_state"] == 3
 
     def fit_transform(self, rows):
-        torch.set_num_threads(torch.get_num_threads() + 1)
+        threadpool_limits(torch.get_num_threads() + 1, user_api="openmp")
         return rows[:, :2]
 
 
