@@ -5,7 +5,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import f1_score, precision_score, recall_score, roc_auc_score
 
@@ -46,6 +46,7 @@ def slow_best(z, member):
 # --- the best unit ------------------------------------------------------------
 
 
+@settings(max_examples=25)  # the obvious search is slow
 @given(st.integers(0, 10_000))
 def test_the_best_unit_equals_a_slow_obvious_search(seed):
     """And does not depend on how rows come in chunks."""
