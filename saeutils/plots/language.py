@@ -98,7 +98,7 @@ def effects(
     """One line a "name", one dot a column: the same quantity under several treatments.
 
     Args:
-        columns: column of the frame -> its name in the legend.
+        columns: column of the frame -> its name in the legend; "null" is drawn grey.
         levels: name -> a value to mark across, dotted.
     """
     names = list(frame["name"])
@@ -110,11 +110,12 @@ def effects(
             name=label,
             mode="markers",
             marker=dict(
-                color=LINES[i % len(LINES)],
+                color=NULL if column == "null" else LINES[i % len(LINES)],
                 size=11,
                 symbol=("circle", "diamond", "square", "cross")[i % 4],
                 line=dict(color="white", width=1),
             ),
+            cliponaxis=False,  # a dot at 0 is a whole dot
         )
     for name, value in (levels or {}).items():
         fig.add_vline(
