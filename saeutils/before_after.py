@@ -116,7 +116,7 @@ def labelled_stories(
     """
     from saeutils import grammar
     from saeutils.facts import row_concepts
-    from saeutils.stories import stories, tokens
+    from saeutils.stories import stories
     from saeutils.story_rows import story_rows
 
     def saved(text):
@@ -124,9 +124,9 @@ def labelled_stories(
 
     names, parts = grammar.concepts(), []
     for split in ("train", "test"):
-        text = stories(split, "grammar", n=n_test)
-        coded, own = tokens(text, model.tokenizer), saved(text)
-        parts.append((own.stores[hook][:], row_concepts(own.records, coded, names)))
+        own = saved(stories(split, "grammar", n=n_test))
+        labels = row_concepts(own.records, own.coded, names)
+        parts.append((own.stores[hook][:], labels))
     often = np.all([member.sum(0) >= least for _, member in parts], axis=0)
     (choose, member), (score, score_member) = parts
     data = Labelled(

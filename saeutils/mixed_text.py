@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from saeutils import grammar
 from saeutils.context import token_texts
 from saeutils.facts import row_concepts
-from saeutils.stories import StoryData, tokens
+from saeutils.stories import StoryData
 from saeutils.story_rows import story_rows
 
 if TYPE_CHECKING:
@@ -66,8 +66,7 @@ def mixed_rows(
         rows.append(found.stores[hook][:])
         records.append(found.records.assign(corpus=text.name))
         if text.name == "grammar":
-            coded = tokens(text, model.tokenizer, context)
-            labels.append(row_concepts(records[-1], coded, names))
+            labels.append(row_concepts(records[-1], found.coded, names))
     table = pd.concat(records, ignore_index=True)
     table["word"] = token_texts(model.tokenizer, table["token"].tolist())
     return MixedRows(torch.cat(rows), table, np.concatenate(labels), names)

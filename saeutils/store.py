@@ -78,6 +78,26 @@ class Batch(NamedTuple):
     index: Int64[Tensor, " batch"]
 
 
+def check_batches(
+    batch_size: int,
+    rank: int,
+    world_size: int,
+    start: int,
+    steps: int | None,
+    workers: int,
+) -> None:
+    """Raises ValueError for numbers with which no batches can be read."""
+    if min(batch_size, world_size) < 1 or not 0 <= rank < world_size:
+        raise ValueError(
+            f"batch_size {batch_size}, rank {rank} of world_size {world_size}: "
+            "expected batch_size ≥ 1 and 0 ≤ rank < world_size"
+        )
+    if start < 0 or workers < 0 or (steps is not None and steps < 0):
+        raise ValueError(
+            f"start {start}, steps {steps}, workers {workers}: none may be negative"
+        )
+
+
 class Store(ABC):
     """The reading interface that rows on disk and rows in memory share.
 
@@ -165,15 +185,7 @@ class Store(ABC):
             same for any number.
         """
         n = len(self)
-        if min(batch_size, world_size) < 1 or not 0 <= rank < world_size:
-            raise ValueError(
-                f"batch_size {batch_size}, rank {rank} of world_size {world_size}: "
-                "expected batch_size ≥ 1 and 0 ≤ rank < world_size"
-            )
-        if start < 0 or workers < 0 or (steps is not None and steps < 0):
-            raise ValueError(
-                f"start {start}, steps {steps}, workers {workers}: none may be negative"
-            )
+        check_batches(batch_size, rank, world_size, start, steps, workers)
         last = n if steps is None else steps * world_size * batch_size
         first, stride = (
             (start * world_size + rank) * batch_size,

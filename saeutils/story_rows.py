@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from saeutils.activations import model_fingerprint, save_activations
 from saeutils.language import Pair, next_tokens, story_positions
 from saeutils.store import ActivationStore
-from saeutils.stories import StoryData, tokens
+from saeutils.stories import StoryData, Tokens, tokens
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -25,6 +25,8 @@ class StoryRows(NamedTuple):
     """Tokens and next tokens, as `splicing` and `metrics` take them."""
     where: Bool[Tensor, "n context"]
     """The positions that are rows: neither BOS nor padding."""
+    coded: Tokens
+    """The stories as the model was given them."""
 
     @property
     def records(self) -> "pd.DataFrame":
@@ -69,16 +71,17 @@ def story_rows(
     Raises ValueError as `save_activations` and `next_tokens` do.
     """
     coded = tokens(text, model.tokenizer, context)
+    where = story_positions(coded)
     name = f"{text.split}-{len(text)}-{context}-{text.fingerprint[:8]}"
     stores = save_activations(
         model,
         coded.ids,
         hooks,
         Path(folder) / model_fingerprint(model)[:12] / name,
-        positions=story_positions(coded).numpy(),
+        positions=where.numpy(),
         provenance={"id": coded.documents},
         dtype=dtype,
         batch_size=batch_size,
         progress=progress,
     )
-    return StoryRows(stores, next_tokens(model, coded), story_positions(coded))
+    return StoryRows(stores, next_tokens(model, coded), where, coded)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from saeutils import firing
 from saeutils.known_directions import directions
-from saeutils.store import Batch, Store
+from saeutils.store import Batch, Store, check_batches
 from saeutils.synthetic_check import Check, check
 
 if TYPE_CHECKING:
@@ -293,15 +293,7 @@ class Stream(Store):
 
         Raises: ValueError for numbers out of range, or shuffle "buffer".
         """
-        if min(batch_size, world_size) < 1 or not 0 <= rank < world_size:
-            raise ValueError(
-                f"batch_size {batch_size}, rank {rank} of world_size {world_size}: "
-                "expected batch_size ≥ 1 and 0 ≤ rank < world_size"
-            )
-        if start < 0 or workers < 0 or (steps is not None and steps < 0):
-            raise ValueError(
-                f"start {start}, steps {steps}, workers {workers}: none may be negative"
-            )
+        check_batches(batch_size, rank, world_size, start, steps, workers)
         if shuffle != "full":
             raise ValueError(
                 f"shuffle {shuffle!r}: rows of a stream are drawn one by one, in an "
